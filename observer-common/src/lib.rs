@@ -1,0 +1,257 @@
+//! The wire contract between the kernel programs and the daemon.
+//!
+//! Every type is `repr(C)`, fixed width and free of implicit padding, so that both sides see the
+//! same bytes; sizes and offsets are asserted below at compile time. There is no logic here.
+//!
+//! Addresses are always 16 bytes, IPv4 as IPv4-mapped IPv6 (RFC 4291 §2.5.5.2). Ports are in host
+//! order. Times are nanoseconds of `CLOCK_BOOTTIME` (`bpf_ktime_get_boot_ns`, Linux 5.8).
+
+#![no_std]
+
+use core::mem::{offset_of, size_of};
+
+/// What a hook saw. The value is the index of [`SignalCounts`] in the map `SIGNAL_TO_COUNTS`.
+pub mod signal {
+    /// A socket left `SYN_SENT` for `CLOSE`: a connect failed. `code` is `sk_err` (an errno, or 0
+    /// when the kernel kept the error as soft).
+    pub const CONNECT_FAILED: u32 = 0;
+    /// A passive open reached `ESTABLISHED` at a local pod. Counted, never sent as an event.
+    pub const PASSIVE_OPEN: u32 = 1;
+    /// A socket entered `LISTEN`.
+    pub const LISTENER_OPENED: u32 = 2;
+    /// A socket left `LISTEN`.
+    pub const LISTENER_CLOSED: u32 = 3;
+    /// A RST answered a SYN that met no socket: the peer sees "connection refused".
+    pub const REFUSED: u32 = 4;
+    /// A RST answered any other segment that met no socket.
+    pub const STRAY_RESET: u32 = 5;
+    /// A RST left an existing socket. `code` is the kernel's `sk_rst_reason` (Linux 6.10), else 0.
+    pub const RESET_SENT: u32 = 6;
+    /// A RST reached a socket. `code` is the socket's TCP state.
+    pub const RESET_RECEIVED: u32 = 7;
+    /// A socket in `SYN_SENT` was told of an error, by ICMP for instance. `code` is `sk_err`.
+    pub const CONNECT_ERROR: u32 = 8;
+    /// This node sent ICMP "destination unreachable". `code` is the ICMP code.
+    pub const ICMP_UNREACHABLE: u32 = 9;
+    /// A TCP segment was dropped by netfilter.
+    pub const NETFILTER_DROP: u32 = 10;
+    /// SIGTERM or SIGKILL was sent to a process. `code` is the signal number.
+    pub const PROCESS_SIGNALLED: u32 = 11;
+    /// A process (thread group leader) ended.
+    pub const PROCESS_EXITED: u32 = 12;
+    /// The kernel's out-of-memory killer chose a process.
+    pub const OOM_KILLED: u32 = 13;
+    /// A legacy iptables table was replaced. `code` is the protocol family, 4 or 6.
+    pub const LEGACY_COMMIT: u32 = 14;
+    /// How many signals there are.
+    pub const COUNT: u32 = 15;
+}
+
+/// Which end started the connection that an [`ArrivalKey`] counts, seen from the pod's node.
+pub mod source {
+    /// No configured range contains the address.
+    pub const UNCLASSIFIED: u8 = 0;
+    /// A pod of this node, or the node itself.
+    pub const SAME_NODE: u8 = 1;
+    /// Inside the cluster's ranges.
+    pub const CLUSTER: u8 = 2;
+    /// Outside the cluster's ranges: a load balancer, for instance.
+    pub const EXTERNAL: u8 = 3;
+}
+
+/// What became of a new connection attempt at a pod.
+pub mod outcome {
+    /// The handshake completed.
+    pub const ACCEPTED: u8 = 0;
+    /// A RST answered the SYN.
+    pub const REFUSED: u8 = 1;
+}
+
+/// One record of the ring buffer.
+///
+/// `local` is the end the hook ran for: the listener's, the pod's that refused, the caller's
+/// whose connect failed. A field that the hook cannot know is zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Event {
+    /// `CLOCK_BOOTTIME` when the hook ran, in ns.
+    pub boot_ns: u64,
+    /// The network namespace's cookie, never reused while the machine runs (Linux 5.10).
+    pub netns_cookie: u64,
+    /// The cgroup v2 id (the inode of its directory) of the socket or task.
+    pub cgroup_id: u64,
+    /// The kernel address of the socket: it joins events of one socket and is never shown.
+    pub socket: u64,
+    /// Address of the local end.
+    pub local_address: [u8; 16],
+    /// Address of the remote end.
+    pub remote_address: [u8; 16],
+    /// One of [`signal`].
+    pub signal: u32,
+    /// What `signal` says it is.
+    pub code: u32,
+    /// Inode number of the network namespace, as `/proc/PID/ns/net` shows it.
+    pub netns_inum: u32,
+    /// Thread group id in the root pid namespace, for process signals.
+    pub pid: u32,
+    /// Events with the same budget key that were counted but not sent since the last one sent.
+    pub suppressed: u32,
+    /// Port of the local end.
+    pub local_port: u16,
+    /// Port of the remote end.
+    pub remote_port: u16,
+}
+
+/// What one CPU counted for one signal. Cumulative; never reset.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct SignalCounts {
+    /// How often it happened.
+    pub seen: u64,
+    /// Details withheld because their key's budget was spent.
+    pub suppressed: u64,
+    /// Details lost because the ring buffer was full.
+    pub ring_full: u64,
+    /// Happenings that a full map could not count per key.
+    pub map_full: u64,
+}
+
+/// Key of the map `ARRIVAL_TO_COUNT`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct ArrivalKey {
+    /// The pod's address.
+    pub address: [u8; 16],
+    /// The pod's network namespace, which tells two pods apart that had the same address.
+    pub netns_cookie: u64,
+    /// The pod's port.
+    pub port: u16,
+    /// One of [`outcome`].
+    pub outcome: u8,
+    /// One of [`source`].
+    pub source: u8,
+    /// Always zero.
+    pub reserved: u32,
+}
+
+/// What one CPU counted for one [`ArrivalKey`]. Cumulative; never reset.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct ArrivalCount {
+    /// How many.
+    pub count: u64,
+    /// `CLOCK_BOOTTIME` of the latest, in ns.
+    pub last_boot_ns: u64,
+}
+
+/// What the daemon tells the programs before they load: the running kernel's layout, from its BTF.
+///
+/// An offset is in bytes; [`Layout::ABSENT`] marks a field this kernel lacks, and every program
+/// that needs it is then left unattached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Layout {
+    /// `sock_common.skc_family`
+    pub skc_family: u32,
+    /// `sock_common.skc_state`
+    pub skc_state: u32,
+    /// `sock_common.skc_dport`
+    pub skc_dport: u32,
+    /// `sock_common.skc_num`
+    pub skc_num: u32,
+    /// `sock_common.skc_daddr`
+    pub skc_daddr: u32,
+    /// `sock_common.skc_rcv_saddr`
+    pub skc_rcv_saddr: u32,
+    /// `sock_common.skc_v6_daddr`
+    pub skc_v6_daddr: u32,
+    /// `sock_common.skc_v6_rcv_saddr`
+    pub skc_v6_rcv_saddr: u32,
+    /// `sock_common.skc_net`
+    pub skc_net: u32,
+    /// `sock.sk_err`
+    pub sk_err: u32,
+    /// `sock.sk_protocol`
+    pub sk_protocol: u32,
+    /// `sock.sk_cgrp_data.cgroup` (Linux 5.15; before, a tagged word)
+    pub sk_cgroup: u32,
+    /// `inet_sock.inet_sport`
+    pub inet_sport: u32,
+    /// `net.ns.inum`
+    pub net_inum: u32,
+    /// `net.net_cookie`
+    pub net_cookie: u32,
+    /// `net_device.nd_net`
+    pub dev_net: u32,
+    /// `sk_buff.dev`
+    pub skb_dev: u32,
+    /// `sk_buff.head`
+    pub skb_head: u32,
+    /// `sk_buff.network_header`
+    pub skb_network_header: u32,
+    /// `sk_buff.transport_header`
+    pub skb_transport_header: u32,
+    /// `task_struct.tgid`
+    pub task_tgid: u32,
+    /// `task_struct.pid`
+    pub task_pid: u32,
+    /// `task_struct.nsproxy`
+    pub task_nsproxy: u32,
+    /// `task_struct.cgroups`
+    pub task_cgroups: u32,
+    /// `nsproxy.net_ns`
+    pub nsproxy_net: u32,
+    /// `css_set.dfl_cgrp`
+    pub css_set_cgroup: u32,
+    /// `cgroup.kn`
+    pub cgroup_kn: u32,
+    /// `kernfs_node.id`
+    pub kernfs_id: u32,
+    /// `pt_regs.orig_ax` (x86-64)
+    pub regs_nr: u32,
+    /// `pt_regs.si`: the second argument of a system call (x86-64)
+    pub regs_arg1: u32,
+    /// `pt_regs.dx`: the third argument of a system call (x86-64)
+    pub regs_arg2: u32,
+    /// `SKB_DROP_REASON_NETFILTER_DROP`
+    pub reason_netfilter_drop: u32,
+    /// 1 when `oom:mark_victim` passes a task (Linux 6.8), 0 when it passes a pid.
+    pub oom_passes_task: u32,
+    /// Inode number of the daemon's own network namespace: the node's.
+    pub own_netns_inum: u32,
+}
+
+impl Layout {
+    /// Marks a field that the running kernel does not have.
+    pub const ABSENT: u32 = u32::MAX;
+}
+
+const _: () = {
+    assert!(size_of::<Event>() == 88);
+    assert!(offset_of!(Event, local_address) == 32);
+    assert!(offset_of!(Event, signal) == 64);
+    assert!(offset_of!(Event, suppressed) == 80);
+    assert!(offset_of!(Event, remote_port) == 86);
+    assert!(size_of::<SignalCounts>() == 32);
+    assert!(size_of::<ArrivalKey>() == 32);
+    assert!(offset_of!(ArrivalKey, port) == 24);
+    assert!(size_of::<ArrivalCount>() == 16);
+    assert!(size_of::<Layout>() == 34 * 4);
+};
+
+#[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "aya's marker for plain bytes is an unsafe trait")]
+mod user {
+    use super::{ArrivalCount, ArrivalKey, Event, Layout, SignalCounts};
+
+    // SAFETY: `repr(C)`, integers only, no padding (asserted above).
+    unsafe impl aya::Pod for Event {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for SignalCounts {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for ArrivalKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for ArrivalCount {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Layout {}
+}

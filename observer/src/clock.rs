@@ -1,0 +1,58 @@
+//! The only place that reads a clock.
+//!
+//! Everything inside the daemon is `CLOCK_BOOTTIME`, as the kernel programs stamp it. Wall time
+//! appears at the edges only: in what the API server says and in what a person reads.
+
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
+
+use crate::facts::BootNs;
+
+/// How far the wall clock is ahead of the boot clock. It changes with NTP and steps: measure it
+/// again whenever a wall time is converted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WallOffset {
+    ahead_ns: i128,
+}
+
+/// Now, on `CLOCK_BOOTTIME`.
+#[must_use]
+pub fn now() -> BootNs {
+    BootNs(u64::try_from(read_ns(ClockId::CLOCK_BOOTTIME)).unwrap_or_default())
+}
+
+impl WallOffset {
+    /// Reads both clocks; the wall clock's reading lies between two readings of the boot clock, so
+    /// the error is at most half their distance (well under a microsecond, unless preempted).
+    #[must_use]
+    pub fn measure() -> Self {
+        let before = read_ns(ClockId::CLOCK_BOOTTIME);
+        let wall = read_ns(ClockId::CLOCK_REALTIME);
+        let after = read_ns(ClockId::CLOCK_BOOTTIME);
+        Self { ahead_ns: wall - i128::midpoint(before, after) }
+    }
+
+    /// An offset given rather than measured, for callers that replay recordings.
+    #[must_use]
+    pub fn fixed(wall_ns: i128, boot: BootNs) -> Self {
+        Self { ahead_ns: wall_ns - i128::from(boot.0) }
+    }
+
+    /// The boot-clock moment of a wall time given in ns since the Unix epoch; 0 when before boot.
+    #[must_use]
+    pub fn to_boot(self, wall_ns: i128) -> BootNs {
+        BootNs(u64::try_from((wall_ns - self.ahead_ns).max(0)).unwrap_or(u64::MAX))
+    }
+
+    /// The wall time, in ns since the Unix epoch, of a boot-clock moment.
+    #[must_use]
+    pub fn to_wall_ns(self, at: BootNs) -> i128 {
+        i128::from(at.0) + self.ahead_ns
+    }
+}
+
+fn read_ns(clock: ClockId) -> i128 {
+    let time = clock_gettime(clock).map(Duration::from).unwrap_or_default();
+    i128::try_from(time.as_nanos()).unwrap_or(i128::MAX)
+}

@@ -1,0 +1,239 @@
+//! What the sources report: the vocabulary between the shells (kernel, dataplane, cluster) and the
+//! correlator.
+//!
+//! A fact is stamped where it is first seen and never changes afterwards. Facts may arrive in any
+//! order and more than once. Nothing here does I/O or reads a clock.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// A moment of `CLOCK_BOOTTIME`, in ns since boot; suspend counts, NTP steps do not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BootNs(pub u64);
+
+impl BootNs {
+    /// The signed distance `self - earlier`, in seconds.
+    #[must_use]
+    pub fn seconds_since(self, earlier: Self) -> f64 {
+        let magnitude = |ns: u64| Duration::from_nanos(ns).as_secs_f64();
+        match self.0.checked_sub(earlier.0) {
+            Some(ns) => magnitude(ns),
+            None => -magnitude(earlier.0 - self.0),
+        }
+    }
+
+    /// `self + duration`, saturating.
+    #[must_use]
+    pub fn plus(self, duration: Duration) -> Self {
+        Self(self.0.saturating_add(nanos(duration)))
+    }
+
+    /// `self - duration`, saturating at boot.
+    #[must_use]
+    pub fn minus(self, duration: Duration) -> Self {
+        Self(self.0.saturating_sub(nanos(duration)))
+    }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// `metadata.uid` of a pod: the only thing that facts belong to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct PodUid(pub Arc<str>);
+
+impl fmt::Display for PodUid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Transport protocol of an endpoint or backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Protocol {
+    /// Transmission Control Protocol.
+    Tcp,
+    /// User Datagram Protocol.
+    Udp,
+    /// Stream Control Transmission Protocol.
+    Sctp,
+}
+
+/// A port of a Service, as kube-proxy names it: `namespace/name:port`, without `:port` when the
+/// port has no name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ServicePort(pub Arc<str>);
+
+/// An address and port that the node's dataplane sends new connections of a Service to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Backend {
+    /// The Service port the rules name; `None` when they do not say.
+    pub service: Option<ServicePort>,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// The pod's (or any endpoint's) address.
+    pub address: IpAddr,
+    /// The endpoint's port.
+    pub port: u16,
+}
+
+/// Whether a backend began or ceased to receive new connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum BackendStep {
+    /// The rules now reach it.
+    Added,
+    /// The rules no longer reach it.
+    Removed,
+}
+
+/// One change of the node's set of backends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendChange {
+    /// When the rules that say so took effect.
+    pub at: BootNs,
+    /// The change took effect within `[at - uncertainty, at]`.
+    pub uncertainty: Duration,
+    /// Which backend.
+    pub backend: Backend,
+    /// What happened to it.
+    pub step: BackendStep,
+}
+
+/// The controller that a pod belongs to, for a person: a Deployment rather than its ReplicaSet.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Workload {
+    /// `Deployment`, `StatefulSet`, `DaemonSet`, `Job`, `Pod` …
+    pub kind: Arc<str>,
+    /// Its name; the namespace is the pod's.
+    pub name: Arc<str>,
+}
+
+/// A pod's deletion as the API server recorded it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deletion {
+    /// `deletionTimestamp - deletionGracePeriodSeconds` on this node's boot clock: no later than
+    /// the request, and less than a second before it (both fields are whole seconds), give or take
+    /// the distance between the API server's clock and this node's.
+    pub not_before: BootNs,
+    /// `deletionGracePeriodSeconds`. A forced delete has 0.
+    pub grace: Duration,
+}
+
+/// One observation of a pod of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodObserved {
+    /// When the watch delivered it.
+    pub at: BootNs,
+    /// `metadata.uid`.
+    pub uid: PodUid,
+    /// `metadata.namespace`.
+    pub namespace: Arc<str>,
+    /// `metadata.name`.
+    pub name: Arc<str>,
+    /// Its controller; `Pod` and its own name when it has none.
+    pub workload: Workload,
+    /// `status.podIPs`, empty until the pod has one, or for a host-network pod.
+    pub addresses: Vec<IpAddr>,
+    /// Set once `metadata.deletionTimestamp` is.
+    pub deletion: Option<Deletion>,
+    /// The longest `lifecycle.preStop.sleep` of its containers.
+    pub pre_stop_sleep: Option<Duration>,
+    /// `spec.terminationGracePeriodSeconds`.
+    pub grace_period: Duration,
+    /// The `Ready` condition.
+    pub ready: bool,
+    /// Whether `status.phase` is `Succeeded` or `Failed`.
+    pub ended: bool,
+}
+
+/// The conditions of one endpoint (an omitted `ready` or `serving` counts as true, an omitted
+/// `terminating` as false: `discovery.k8s.io/v1`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "the API's own three conditions")]
+pub struct Conditions {
+    /// `conditions.ready`
+    pub ready: bool,
+    /// `conditions.serving`
+    pub serving: bool,
+    /// `conditions.terminating`
+    pub terminating: bool,
+}
+
+/// One address and port of one endpoint in one `EndpointSlice`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The Service port it serves.
+    pub service: ServicePort,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// The endpoint's address.
+    pub address: IpAddr,
+    /// The endpoint's port.
+    pub port: u16,
+    /// Its conditions.
+    pub conditions: Conditions,
+    /// `targetRef` when it is a pod: namespace, name and uid.
+    pub pod: Option<TargetPod>,
+    /// `nodeName`
+    pub node: Option<Arc<str>>,
+}
+
+/// The pod behind an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TargetPod {
+    /// `targetRef.uid`
+    pub uid: PodUid,
+    /// `targetRef.namespace`, or the slice's own.
+    pub namespace: Arc<str>,
+    /// `targetRef.name`
+    pub name: Arc<str>,
+}
+
+/// One observation of a whole `EndpointSlice`. `endpoints` is empty when the object is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SliceObserved {
+    /// When the watch delivered it.
+    pub at: BootNs,
+    /// `namespace/name` of the object.
+    pub slice: Arc<str>,
+    /// Every address and port it lists.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// What the API server's watches deliver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ClusterFact {
+    /// A pod of this node was added or changed.
+    Pod(PodObserved),
+    /// A pod of this node is gone.
+    PodRemoved {
+        /// When the watch delivered it.
+        at: BootNs,
+        /// Which pod.
+        uid: PodUid,
+    },
+    /// An `EndpointSlice` was added, changed or removed.
+    Slice(SliceObserved),
+    /// A watch could not see changes during this span (disconnected, re-listed): what happened
+    /// inside it may be missing or late.
+    Blind(Blindness),
+}
+
+/// A span during which a source may have missed something. Timelines that overlap it are censored.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Blindness {
+    /// The last moment known to be complete.
+    pub from: BootNs,
+    /// The first moment known to be complete again.
+    pub until: BootNs,
+    /// Which source, for a person: `pod watch`, `ring buffer` …
+    pub source: &'static str,
+}

@@ -1,0 +1,9 @@
+//! The observer's daemon, in the order the data flows.
+//!
+//! Kernel events, the node's rules and the cluster's objects become facts; facts become one
+//! timeline per termination; timelines become metrics, an HTTP API and a report.
+
+pub mod clock;
+pub mod facts;
+
+pub mod correlate;
