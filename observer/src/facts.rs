@@ -157,7 +157,6 @@ pub struct PodObserved {
 /// The conditions of one endpoint (an omitted `ready` or `serving` counts as true, an omitted
 /// `terminating` as false: `discovery.k8s.io/v1`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::struct_excessive_bools, reason = "the API's own three conditions")]
 pub struct Conditions {
     /// `conditions.ready`
     pub ready: bool,
