@@ -169,7 +169,8 @@ impl Drop for Api {
 type Parameters = Query<HashMap<String, String>>;
 
 async fn version() -> Response {
-    let version = json!({"major": "1", "minor": "36", "gitVersion": "v1.36.2", "platform": "linux/amd64"});
+    let version =
+        json!({"major": "1", "minor": "36", "gitVersion": "v1.36.2", "platform": "linux/amd64"});
     json_response(StatusCode::OK, &version)
 }
 
@@ -212,8 +213,11 @@ fn answer(shared: Arc<Shared>, kind: Kind, parameters: &HashMap<String, String>)
 
 fn list(shared: &Shared, kind: Kind, selector: &Selector) -> Response {
     let store = lock(&shared.store);
-    let items: Vec<&Value> =
-        store.list(kind).map(|object| &**object).filter(|object| selector.selects(object)).collect();
+    let items: Vec<&Value> = store
+        .list(kind)
+        .map(|object| &**object)
+        .filter(|object| selector.selects(object))
+        .collect();
     let list = json!({
         "kind": format!("{}List", kind.name()), "apiVersion": kind.api_version(),
         "metadata": {"resourceVersion": store.version().to_string()}, "items": items,

@@ -101,15 +101,18 @@ fn open() -> Result<OwnedFd> {
     )
     .context("cannot open a netfilter socket")?;
     setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
-    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUP)).context("cannot join the nftables group")?;
+    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUP))
+        .context("cannot join the nftables group")?;
     Ok(socket)
 }
 
 /// The process ids of the new-generation messages in a datagram.
 fn committers(mut datagram: &[u8]) -> impl Iterator<Item = u32> {
     std::iter::from_fn(move || {
-        let length = usize::try_from(u32::from_ne_bytes(datagram.get(..4)?.try_into().ok()?)).ok()?;
-        let message = datagram.get(..length.max(HEADERS))?;
+        let length =
+            usize::try_from(u32::from_ne_bytes(datagram.get(..4)?.try_into().ok()?)).ok()?;
+        let length = length.max(HEADERS);
+        let message = datagram.get(..length)?;
         datagram = datagram.get(aligned(length)..).unwrap_or_default();
         let kind = u16::from_ne_bytes([message[4], message[5]]);
         Some(if kind == NEW_GENERATION { process_id(&message[HEADERS..]) } else { None })

@@ -45,7 +45,9 @@ pub(crate) fn run(
                 .services()
                 .iter()
                 .filter(|service| service.families.contains(family))
-                .filter_map(|service| Some(port(service, *family, slices.get(&(service.name.clone(), *family))?)))
+                .filter_map(|service| {
+                    Some(port(service, *family, slices.get(&(service.name.clone(), *family))?))
+                })
                 .collect();
             let rules_delay_ns = cluster.rules_delay_ns.load(Ordering::Relaxed);
             let due_ns = clock::boot_ns() + rules_delay_ns;
@@ -91,7 +93,8 @@ fn serve_changes(
 }
 
 fn newly_terminating(before: &[Endpoint], after: &[Endpoint]) -> Vec<String> {
-    let was = |uid: &str| before.iter().any(|endpoint| endpoint.pod_uid == uid && endpoint.terminating);
+    let was =
+        |uid: &str| before.iter().any(|endpoint| endpoint.pod_uid == uid && endpoint.terminating);
     let begun = after.iter().filter(|endpoint| endpoint.terminating && !was(&endpoint.pod_uid));
     begun.map(|endpoint| endpoint.pod_uid.clone()).collect()
 }

@@ -10,8 +10,10 @@ use anyhow::{Result, anyhow};
 use super::netns::Namespace;
 
 /// The node's own addresses, on the node's end of every link.
-const NODE: Addresses =
-    Addresses { v4: Ipv4Addr::new(10, 99, 0, 1), v6: Ipv6Addr::new(0xfd00, 0x10, 0x99, 0, 0, 0, 0, 1) };
+const NODE: Addresses = Addresses {
+    v4: Ipv4Addr::new(10, 99, 0, 1),
+    v6: Ipv6Addr::new(0xfd00, 0x10, 0x99, 0, 0, 0, 0, 1),
+};
 /// In another node's pod range, so that Service traffic from it is not masqueraded.
 const CLIENT: Addresses = Addresses {
     v4: Ipv4Addr::new(10, 244, 1, 2),
@@ -133,10 +135,18 @@ impl Network {
         let node = Namespace::create("node")?;
         node.set("net/ipv4/ip_forward", "1")?;
         node.set("net/ipv6/conf/all/forwarding", "1")?;
-        let network =
-            Self { node, client: Namespace::create("client")?, outside: Namespace::create("outside")? };
+        let network = Self {
+            node,
+            client: Namespace::create("client")?,
+            outside: Namespace::create("outside")?,
+        };
         network.attach(&network.client, "client", CLIENT)?;
         network.attach(&network.outside, "outside", OUTSIDE)?;
+        // What the node itself sends to a Service is routed before it is translated.
+        network.node.ip(&format!(
+            "route add default via {} dev outside onlink\nroute add ::/0 via {} dev outside onlink\n",
+            OUTSIDE.v4, OUTSIDE.v6
+        ))?;
         for place in [&network.client, &network.outside] {
             // Thousands of short connections to one address: a port comes back as late as possible.
             place.set("net/ipv4/ip_local_port_range", "1024 65535")?;
@@ -177,7 +187,8 @@ impl Network {
              route add default via {node4} dev eth0 onlink\n\
              route add ::/0 via {node6} dev eth0 onlink\n"
         ))?;
-        self.node.ip(&format!("route replace {v4}/32 dev {link}\nroute replace {v6}/128 dev {link}\n"))
+        self.node
+            .ip(&format!("route replace {v4}/32 dev {link}\nroute replace {v6}/128 dev {link}\n"))
     }
 }
 

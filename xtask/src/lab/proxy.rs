@@ -73,7 +73,10 @@ impl Proxy {
     ) -> Result<()> {
         self.delete_stale(stale)?;
         let started_ns = clock::boot_ns();
-        let at_ns = self.apply(&self.dataplane.sync(self.family, sync))?;
+        let rules = self.dataplane.sync(self.family, sync);
+        let at_ns = self.apply(&rules)?;
+        // A chain that this sync fills again is not stale any more.
+        stale.retain(|chain, _| !rules.contains(chain.as_str()));
         let backends = sync.after.iter().flat_map(|port| port.backends.iter().copied()).collect();
         let commit = Commit { family: self.family, started_ns, at_ns, backends };
         cluster.truth().commits.push(commit);
@@ -84,8 +87,11 @@ impl Proxy {
 
     fn delete_stale(&self, stale: &mut BTreeMap<String, u64>) -> Result<()> {
         let now_ns = clock::boot_ns();
-        let due: BTreeSet<String> =
-            stale.iter().filter(|(_, at_ns)| **at_ns <= now_ns).map(|(chain, _)| chain.clone()).collect();
+        let due: BTreeSet<String> = stale
+            .iter()
+            .filter(|(_, at_ns)| **at_ns <= now_ns)
+            .map(|(chain, _)| chain.clone())
+            .collect();
         if !due.is_empty() {
             self.apply(&Dataplane::delete_chains(self.family, &due))?;
             stale.retain(|chain, _| !due.contains(chain));

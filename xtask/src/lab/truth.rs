@@ -86,9 +86,9 @@ impl Truth {
     pub fn backend_removed_ns(&self, uid: &str) -> Option<u64> {
         let pod = self.pods.get(uid)?;
         let requested_ns = pod.deletion_requested_ns?;
-        let removals = Family::BOTH.iter().filter_map(|family| {
-            self.removal(pod.addresses.of(*family), requested_ns)
-        });
+        let removals = Family::BOTH
+            .iter()
+            .filter_map(|family| self.removal(pod.addresses.of(*family), requested_ns));
         removals.collect::<Option<Vec<u64>>>()?.into_iter().max()
     }
 

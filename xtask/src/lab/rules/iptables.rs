@@ -18,7 +18,8 @@ const FILTER_CHAINS: [&str; 6] = [
 ];
 
 /// The same for the nat table.
-const NAT_CHAINS: [&str; 4] = ["KUBE-SERVICES", "KUBE-NODEPORTS", "KUBE-POSTROUTING", "KUBE-MARK-MASQ"];
+const NAT_CHAINS: [&str; 4] =
+    ["KUBE-SERVICES", "KUBE-NODEPORTS", "KUBE-POSTROUTING", "KUBE-MARK-MASQ"];
 
 const FILTER_JUMPS: &str = r#"-A INPUT -j KUBE-FIREWALL
 -A INPUT -m conntrack --ctstate NEW -m comment --comment "kubernetes load balancer firewall" -j KUBE-PROXY-FIREWALL
@@ -121,12 +122,16 @@ fn destination(port: &ServicePort) -> String {
 
 fn reject(port: &ServicePort) -> String {
     let (name, destination) = (port.name(), destination(port));
-    format!("-A KUBE-SERVICES -m comment --comment \"{name} has no endpoints\" {destination} -j REJECT\n")
+    format!(
+        "-A KUBE-SERVICES -m comment --comment \"{name} has no endpoints\" {destination} -j REJECT\n"
+    )
 }
 
 fn portal(port: &ServicePort) -> String {
     let (name, destination, chain) = (port.name(), destination(port), service_chain(port));
-    format!("-A KUBE-SERVICES -m comment --comment \"{name} cluster IP\" {destination} -j {chain}\n")
+    format!(
+        "-A KUBE-SERVICES -m comment --comment \"{name} cluster IP\" {destination} -j {chain}\n"
+    )
 }
 
 fn service_rules(family: Family, port: &ServicePort) -> String {
@@ -143,7 +148,9 @@ fn service_rules(family: Family, port: &ServicePort) -> String {
         } else {
             format!("-m statistic --mode random --probability {:.10} ", 1.0 / f64::from(remaining))
         };
-        rules += &format!("-A {chain} -m comment --comment \"{name} -> {backend}\" {chance}-j {endpoint}\n");
+        rules += &format!(
+            "-A {chain} -m comment --comment \"{name} -> {backend}\" {chance}-j {endpoint}\n"
+        );
     }
     rules
 }

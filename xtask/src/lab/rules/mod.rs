@@ -8,6 +8,7 @@ mod iptables;
 mod nftables;
 
 use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 
@@ -134,16 +135,13 @@ fn usable(port: Option<&ServicePort>) -> &[SocketAddr] {
     port.map_or(&[], |port| &port.backends)
 }
 
-/// Letters and digits as kube-proxy's chain names have them: stable, and different for different
-/// texts (FNV-1a, one round per letter).
+/// Letters and digits as kube-proxy's chain names have them: the same for the same text.
 fn hash(text: &str, length: u8) -> String {
     const BASE32: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
-    let letter = |round: u8| {
-        let bytes = text.bytes().chain([round]);
-        let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
-        char::from(BASE32[usize::from(hash.to_be_bytes()[3] & 31)])
+    let letter = |position: u8| {
+        let mut hasher = DefaultHasher::new();
+        (text, position).hash(&mut hasher);
+        char::from(BASE32[usize::from(hasher.finish().to_be_bytes()[0] & 31)])
     };
     (0..length).map(letter).collect()
 }
@@ -173,7 +171,8 @@ mod tests {
 
     #[test]
     fn different_endpoints_get_different_chains() {
-        let hashes: BTreeSet<String> = (0..250).map(|n| hash(&format!("10.244.0.{n}"), 8)).collect();
+        let hashes: BTreeSet<String> =
+            (0..250).map(|n| hash(&format!("10.244.0.{n}"), 8)).collect();
         assert_eq!(hashes.len(), 250);
     }
 
@@ -197,7 +196,9 @@ mod tests {
         assert!(text.contains("add element ip kube-proxy no-endpoint-services"), "{text}");
         assert!(text.contains("delete element ip kube-proxy service-ips"), "{text}");
         let text = Dataplane::IptablesLegacy.sync(Family::V4, &change(&[2], &[]));
-        assert!(text.contains("has no endpoints\" -m tcp -p tcp -d 10.96.0.10 --dport 80 -j REJECT"));
+        assert!(
+            text.contains("has no endpoints\" -m tcp -p tcp -d 10.96.0.10 --dport 80 -j REJECT")
+        );
     }
 
     #[test]

@@ -87,16 +87,25 @@ pub(super) fn sync(family: Family, sync: &Sync) -> String {
         let chain = service_chain(after);
         switch(&mut text, family, before, after);
         if !after.backends.is_empty() {
-            let choices = choices(after, |backend| format!("{} . {}", backend.ip(), backend.port()));
+            let choices =
+                choices(after, |backend| format!("{} . {}", backend.ip(), backend.port()));
             let count = after.backends.len();
             line(&mut text, &format!("flush chain {ip} kube-proxy {chain}"));
-            line(&mut text, &format!("add rule {ip} kube-proxy {chain} meta l4proto tcp dnat {ip} to numgen random mod {count} map {{ {choices} }}"));
+            line(
+                &mut text,
+                &format!(
+                    "add rule {ip} kube-proxy {chain} meta l4proto tcp dnat {ip} to numgen random mod {count} map {{ {choices} }}"
+                ),
+            );
         }
     }
     let (before, after) = (hairpins(&sync.before), hairpins(&sync.after));
     for (verb, elements) in [("add", &after - &before), ("delete", &before - &after)] {
         for element in elements {
-            line(&mut text, &format!("{verb} element {ip} kube-proxy hairpin-connections {{ {element} }}"));
+            line(
+                &mut text,
+                &format!("{verb} element {ip} kube-proxy hairpin-connections {{ {element} }}"),
+            );
         }
     }
     text
@@ -123,15 +132,33 @@ pub(super) fn sync_135(family: Family, sync: &Sync) -> String {
         }
         line(&mut text, &format!("flush chain {ip} kube-proxy {chain}"));
         let (address, cluster) = (after.address, family.cluster_cidr());
-        line(&mut text, &format!("add rule {ip} kube-proxy {chain} {ip} daddr {address} {ip} saddr != {cluster} jump mark-for-masquerade"));
+        line(
+            &mut text,
+            &format!(
+                "add rule {ip} kube-proxy {chain} {ip} daddr {address} {ip} saddr != {cluster} jump mark-for-masquerade"
+            ),
+        );
         let choices = choices(after, |backend| format!("goto {}", endpoint_chain(after, backend)));
         let count = after.backends.len();
-        line(&mut text, &format!("add rule {ip} kube-proxy {chain} numgen random mod {count} vmap {{ {choices} }}"));
+        line(
+            &mut text,
+            &format!(
+                "add rule {ip} kube-proxy {chain} numgen random mod {count} vmap {{ {choices} }}"
+            ),
+        );
         for backend in &after.backends {
             let endpoint = endpoint_chain(after, *backend);
             let source = backend.ip();
-            line(&mut text, &format!("add rule {ip} kube-proxy {endpoint} {ip} saddr {source} jump mark-for-masquerade"));
-            line(&mut text, &format!("add rule {ip} kube-proxy {endpoint} meta l4proto tcp dnat to {backend}"));
+            line(
+                &mut text,
+                &format!(
+                    "add rule {ip} kube-proxy {endpoint} {ip} saddr {source} jump mark-for-masquerade"
+                ),
+            );
+            line(
+                &mut text,
+                &format!("add rule {ip} kube-proxy {endpoint} meta l4proto tcp dnat to {backend}"),
+            );
         }
     }
     text
