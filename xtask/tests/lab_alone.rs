@@ -170,9 +170,9 @@ fn pods_end_as_they_are_told_to() -> Result<()> {
     for termination in [&ignores, &lingers, &holds].map(|pod| lab.delete_pod(pod)) {
         termination.wait()?;
     }
-    let ignored = life(&ignores)?;
-    ensure!(ignored.sigterm_ns.is_some() && ignored.listener_closed_ns.is_none(), "{ignored:?}");
-    ensure!(ignored.sigkill_sent_ns.is_some() && ignored.exited_ns.is_some(), "{ignored:?}");
+    let unmoved = life(&ignores)?;
+    ensure!(unmoved.sigterm_ns.is_some() && unmoved.listener_closed_ns.is_none(), "{unmoved:?}");
+    ensure!(unmoved.sigkill_sent_ns.is_some() && unmoved.exited_ns.is_some(), "{unmoved:?}");
     let lingered = life(&lingers)?;
     let closed_ns = lingered.listener_closed_ns.context("it closed its listener")?;
     let drain = seconds_between(closed_ns, lingered.exited_ns.context("it exited")?);
@@ -207,8 +207,8 @@ fn pods_crash_restart_their_listener_and_listen_late_or_never() -> Result<()> {
     let crashes = start(Listen::AtOnce)?;
     crashes.crash()?;
     lab.wait_for("it exits", SOON, |truth| truth.pods[&crashes.uid].exited_ns)?;
-    let crashed = &lab.truth().pods[&crashes.uid];
-    ensure!(crashed.sigterm_ns.is_none() && crashed.listener_closed_ns.is_none(), "{crashed:?}");
+    let life = &lab.truth().pods[&crashes.uid];
+    ensure!(life.sigterm_ns.is_none() && life.listener_closed_ns.is_none(), "{life:?}");
     Ok(())
 }
 
@@ -343,7 +343,7 @@ fn watches_are_cut_expire_and_are_refused_on_demand() -> Result<()> {
 fn a_lab_that_runs_until_it_is_ended() -> Result<()> {
     let (_lab, _pods) = with_pods(Dataplane::IptablesNft, 2)?;
     writeln!(std::io::stdout(), "\nready")?;
-    std::thread::sleep(Duration::from_secs(120));
+    std::thread::sleep(Duration::from_mins(2));
     Ok(())
 }
 

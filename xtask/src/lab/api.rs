@@ -198,6 +198,9 @@ fn answer(shared: Arc<Shared>, kind: Kind, parameters: &HashMap<String, String>)
         return status(StatusCode::GONE, "Expired", "too old resource version");
     }
     let (lines, receiver) = mpsc::channel(WATCH_BACKLOG);
+    // Before the answer begins: whoever has seen it can cut this watch.
+    let notice = shared.notice.subscribe();
+    let cuts = notice.borrow().cuts;
     let watch = Watch {
         kind,
         selector,
@@ -205,6 +208,8 @@ fn answer(shared: Arc<Shared>, kind: Kind, parameters: &HashMap<String, String>)
         bookmarks: parameter("allowWatchBookmarks") == "true",
         until: parameter("timeoutSeconds").parse().ok().map(Duration::from_secs),
         lines,
+        cuts,
+        notice,
     };
     tokio::spawn(watch.run(shared));
     let body = Body::from_stream(ReceiverStream::new(receiver).map(Ok::<_, Infallible>));
@@ -233,20 +238,22 @@ struct Watch {
     bookmarks: bool,
     until: Option<Duration>,
     lines: mpsc::Sender<Bytes>,
+    notice: watch::Receiver<Notice>,
+    cuts: u64,
 }
 
 impl Watch {
     /// Ends when the client leaves, the watch is cut, its time is over or its version expired.
     async fn run(mut self, shared: Arc<Shared>) {
-        let mut notice = shared.notice.subscribe();
-        let cuts = notice.borrow().cuts;
-        let over = tokio::time::sleep(self.until.unwrap_or(Duration::from_secs(3600)));
+        let over = tokio::time::sleep(self.until.unwrap_or(Duration::from_hours(1)));
         tokio::pin!(over);
         let mut bookmark = tokio::time::interval(BOOKMARK_EVERY);
         bookmark.tick().await;
-        while notice.borrow_and_update().cuts == cuts && self.catch_up(&shared).await.is_some() {
+        while self.notice.borrow_and_update().cuts == self.cuts
+            && self.catch_up(&shared).await.is_some()
+        {
             tokio::select! {
-                changed = notice.changed() => if changed.is_err() { return },
+                changed = self.notice.changed() => if changed.is_err() { return },
                 () = &mut over => return,
                 () = self.lines.closed() => return,
                 _ = bookmark.tick(), if self.bookmarks => {

@@ -116,7 +116,9 @@ impl Container {
     pub(crate) fn command(&self, command: &str) -> Result<()> {
         let mut stdin = self.stdin.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(stdin) = stdin.as_mut() else { bail!("the pod's process has no stdin") };
-        writeln!(stdin, "{command}").context("the pod's process does not listen to commands")
+        // One write: the pod reads a whole line or nothing.
+        let line = format!("{command}\n");
+        stdin.write_all(line.as_bytes()).context("the pod's process does not listen to commands")
     }
 }
 

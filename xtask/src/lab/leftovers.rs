@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Once;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -157,7 +157,8 @@ fn end_processes(namespaces: &[PathBuf]) -> Result<()> {
                 kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
             }
         }
-        if remaining > 0 { bail!("{remaining} processes of the lab do not end") } else { Ok(()) }
+        ensure!(remaining == 0, "{remaining} processes of the lab do not end");
+        Ok(())
     })
 }
 

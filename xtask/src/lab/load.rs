@@ -34,11 +34,11 @@ const MOST_ATTEMPTS: u64 = 100_000;
 pub enum Outcome {
     /// Connected, and the pod answered with this name.
     Served(String),
-    /// connect() returned ECONNREFUSED.
+    /// `connect()` returned ECONNREFUSED.
     Refused,
-    /// connect() did not end in time.
+    /// `connect()` did not end in time.
     TimedOut,
-    /// connect() returned another error.
+    /// `connect()` returned another error.
     Failed(Errno),
     /// Connected, then reset.
     Reset,
@@ -49,9 +49,9 @@ pub enum Outcome {
 /// One connection of a load. Moments are ns of `CLOCK_BOOTTIME`.
 #[derive(Clone, Debug)]
 pub struct Attempt {
-    /// Just before connect().
+    /// Just before `connect()`.
     pub started_ns: u64,
-    /// Just after connect() ended, one way or the other.
+    /// Just after `connect()` ended, one way or the other.
     pub connected_ns: u64,
     /// The client's port; 0 when it never got one.
     pub local_port: u16,

@@ -68,6 +68,12 @@ pub struct Commit {
     pub backends: BTreeSet<SocketAddr>,
 }
 
+impl Commit {
+    fn has(&self, address: IpAddr) -> bool {
+        self.backends.iter().any(|backend| backend.ip() == address)
+    }
+}
+
 /// Everything recorded so far.
 #[derive(Clone, Debug, Default)]
 pub struct Truth {
@@ -86,26 +92,24 @@ impl Truth {
     pub fn backend_removed_ns(&self, uid: &str) -> Option<u64> {
         let pod = self.pods.get(uid)?;
         let requested_ns = pod.deletion_requested_ns?;
-        let removals = Family::BOTH
-            .iter()
-            .filter_map(|family| self.removal(pod.addresses.of(*family), requested_ns));
-        removals.collect::<Option<Vec<u64>>>()?.into_iter().max()
-    }
-
-    /// `None` when the family never had the address, `Some(None)` while it still does.
-    fn removal(&self, address: IpAddr, after_ns: u64) -> Option<Option<u64>> {
-        let family = Family::of(address);
-        let mut present = false;
-        let mut removed = None;
-        for commit in self.commits.iter().filter(|commit| commit.family == family) {
-            let listed = commit.backends.iter().any(|backend| backend.ip() == address);
-            if listed {
-                (present, removed) = (true, None);
-            } else if present && removed.is_none() && commit.at_ns >= after_ns {
-                removed = Some(commit.at_ns);
+        let mut latest = None;
+        for address in Family::BOTH.map(|family| pod.addresses.of(family)) {
+            if self.was_backend(address) {
+                latest = latest.max(Some(self.removal_ns(address, requested_ns)?));
             }
         }
-        present.then_some(removed)
+        latest
+    }
+
+    fn was_backend(&self, address: IpAddr) -> bool {
+        self.commits.iter().any(|commit| commit.has(address))
+    }
+
+    /// The first commit without an address, counted from the last one with it.
+    fn removal_ns(&self, address: IpAddr, after_ns: u64) -> Option<u64> {
+        let of_family = |commit: &&Commit| commit.family == Family::of(address);
+        let without = self.commits.iter().rev().filter(of_family).take_while(|c| !c.has(address));
+        without.filter(|commit| commit.at_ns >= after_ns).last().map(|commit| commit.at_ns)
     }
 }
 

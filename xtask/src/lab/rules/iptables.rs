@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use super::{ServicePort, Sync, hash, usable};
+use super::{ServicePort, Sync, hash, line, usable};
 use crate::lab::network::Family;
 
 /// The chains of the filter table that every sync writes anew.
@@ -78,17 +78,17 @@ pub(super) fn sync(family: Family, sync: &Sync) -> String {
             rules += &portal(port);
         }
         if touched && !port.backends.is_empty() {
-            chains += &format!(":{} - [0:0]\n", service_chain(port));
+            chains += &chain_lines(&[&service_chain(port)]);
             rules += &service_rules(family, port);
         }
         for backend in port.backends.iter().filter(|_| touched) {
-            chains += &format!(":{} - [0:0]\n", endpoint_chain(port, *backend));
+            chains += &chain_lines(&[&endpoint_chain(port, *backend)]);
             rules += &endpoint_rules(port, *backend);
         }
     }
     for chain in dead_chains(sync) {
-        chains += &format!(":{chain} - [0:0]\n");
-        deletions += &format!("-X {chain}\n");
+        chains += &chain_lines(&[&chain]);
+        line(&mut deletions, &format!("-X {chain}"));
     }
     let localnet = if family == Family::V4 { LOCALNET_RULE } else { "" };
     let rejects: String =
@@ -113,7 +113,11 @@ fn dead_chains(sync: &Sync) -> Vec<String> {
 }
 
 fn chain_lines(chains: &[&str]) -> String {
-    chains.iter().map(|chain| format!(":{chain} - [0:0]\n")).collect()
+    let mut text = String::new();
+    for chain in chains {
+        line(&mut text, &format!(":{chain} - [0:0]"));
+    }
+    text
 }
 
 fn destination(port: &ServicePort) -> String {
@@ -148,8 +152,10 @@ fn service_rules(family: Family, port: &ServicePort) -> String {
         } else {
             format!("-m statistic --mode random --probability {:.10} ", 1.0 / f64::from(remaining))
         };
-        rules += &format!(
-            "-A {chain} -m comment --comment \"{name} -> {backend}\" {chance}-j {endpoint}\n"
+        let comment = format!("\"{name} -> {backend}\"");
+        line(
+            &mut rules,
+            &format!("-A {chain} -m comment --comment {comment} {chance}-j {endpoint}"),
         );
     }
     rules

@@ -24,7 +24,7 @@ pub enum Dataplane {
     /// nftables as kube-proxy 1.35 does: one chain per endpoint.
     #[value(name = "nftables-1.35")]
     Nftables135,
-    /// iptables over the nf_tables kernel interface.
+    /// iptables over the `nf_tables` kernel interface.
     IptablesNft,
     /// iptables over its own kernel interface.
     IptablesLegacy,
@@ -133,6 +133,11 @@ impl Sync {
 
 fn usable(port: Option<&ServicePort>) -> &[SocketAddr] {
     port.map_or(&[], |port| &port.backends)
+}
+
+fn line(text: &mut String, line: &str) {
+    text.push_str(line);
+    text.push('\n');
 }
 
 /// Letters and digits as kube-proxy's chain names have them: the same for the same text.

@@ -1,10 +1,9 @@
 //! kube-proxy's nftables mode: table `kube-proxy`, verdict maps from Service address to chain.
 
 use std::collections::BTreeSet;
-use std::fmt::Write;
 use std::net::SocketAddr;
 
-use super::{Dataplane, ServicePort, Sync, hash, usable};
+use super::{Dataplane, ServicePort, Sync, hash, line, usable};
 use crate::lab::network::Family;
 
 const MASQUERADE: &str = "0x00004000";
@@ -174,7 +173,11 @@ pub(super) fn stale_chains(sync: &Sync) -> BTreeSet<String> {
 
 pub(super) fn delete_chains(family: Family, chains: &BTreeSet<String>) -> String {
     let ip = ip(family);
-    chains.iter().map(|chain| format!("delete chain {ip} kube-proxy {chain}\n")).collect()
+    let mut text = String::new();
+    for chain in chains {
+        line(&mut text, &format!("delete chain {ip} kube-proxy {chain}"));
+    }
+    text
 }
 
 /// Leads the Service's address to its chain, to a reject, or from one to the other.
@@ -183,17 +186,17 @@ fn switch(text: &mut String, family: Family, before: Option<&ServicePort>, after
     let chain = service_chain(after);
     let key = format!("{} . tcp . {}", after.address, after.port);
     let served = !usable(before).is_empty();
-    let serves = !after.backends.is_empty();
+    let usable_now = !after.backends.is_empty();
     let mut element = |verb, map, verdict: &str| {
         line(text, &format!("{verb} element {ip} kube-proxy {map} {{ {key} : goto {verdict} }}"));
     };
-    if served && !serves {
+    if served && !usable_now {
         element("delete", "service-ips", &chain);
     }
-    if before.is_some() && !served && serves {
+    if before.is_some() && !served && usable_now {
         element("delete", "no-endpoint-services", "reject-chain");
     }
-    if !serves && (served || before.is_none()) {
+    if !usable_now && (served || before.is_none()) {
         element("add", "no-endpoint-services", "reject-chain");
     }
     if before.is_none() {
@@ -201,10 +204,10 @@ fn switch(text: &mut String, family: Family, before: Option<&ServicePort>, after
         line(text, &format!("add element {ip} kube-proxy cluster-ips {{ {address} }}"));
     }
     line(text, &format!("add chain {ip} kube-proxy {chain}"));
-    if serves && !served {
+    if usable_now && !served {
         line(text, &format!("add element {ip} kube-proxy service-ips {{ {key} : goto {chain} }}"));
     }
-    if served && !serves {
+    if served && !usable_now {
         line(text, &format!("flush chain {ip} kube-proxy {chain}"));
     }
 }
@@ -231,9 +234,4 @@ fn endpoint_chain(port: &ServicePort, backend: SocketAddr) -> String {
     let address = backend.ip().to_string().replace(':', ".");
     let hash = hash(&format!("{}{backend}", port.name()), 8);
     format!("endpoint-{hash}-{namespace}/{service}/tcp/{name}__{address}/{}", backend.port())
-}
-
-fn line(text: &mut String, line: &str) {
-    // Writing to a String cannot fail.
-    writeln!(text, "{line}").ok();
 }
