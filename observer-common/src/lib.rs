@@ -189,8 +189,6 @@ pub struct Layout {
     pub skb_head: u32,
     /// `sk_buff.network_header`
     pub skb_network_header: u32,
-    /// `sk_buff.transport_header`
-    pub skb_transport_header: u32,
     /// `task_struct.tgid`
     pub task_tgid: u32,
     /// `task_struct.pid`
@@ -215,8 +213,8 @@ pub struct Layout {
     pub regs_arg2: u32,
     /// `SKB_DROP_REASON_NETFILTER_DROP`
     pub reason_netfilter_drop: u32,
-    /// 1 when `oom:mark_victim` passes a task (Linux 6.8), 0 when it passes a pid.
-    pub oom_passes_task: u32,
+    /// `SKB_DROP_REASON_NO_SOCKET`, or absent when `tcp_send_reset` tells instead (Linux 6.10).
+    pub reason_no_socket: u32,
     /// Inode number of the daemon's own network namespace: the node's.
     pub own_netns_inum: u32,
 }
@@ -236,7 +234,7 @@ const _: () = {
     assert!(size_of::<ArrivalKey>() == 32);
     assert!(offset_of!(ArrivalKey, port) == 24);
     assert!(size_of::<ArrivalCount>() == 16);
-    assert!(size_of::<Layout>() == 34 * 4);
+    assert!(size_of::<Layout>() == 33 * 4);
 };
 
 #[cfg(feature = "user")]
