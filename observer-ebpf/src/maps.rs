@@ -4,7 +4,7 @@ use aya_ebpf::{
     macros::map,
     maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf},
 };
-use observer_common::{ArrivalCount, ArrivalKey, Event, SignalCounts, signal};
+use observer_common::{ArrivalCount, ArrivalKey, Event, Ip, SignalCounts, signal};
 
 /// Details for the daemon, which drains it. Full: the detail is lost and counted in
 /// [`SignalCounts::ring_full`]. 1 MiB holds about 10,000 events.
@@ -33,12 +33,12 @@ pub static ARRIVAL_TO_COUNT: PerCpuHashMap<ArrivalKey, ArrivalCount> =
 /// and deletes it when the pod's history is dropped. Full: the daemon counts and reports it; that
 /// pod's arrivals are not counted. 4,096 is far above any kubelet's pod limit.
 #[map]
-pub static LOCAL_ADDRESSES: HashMap<[u8; 16], u8> = HashMap::with_max_entries(4_096, 0);
+pub static LOCAL_ADDRESSES: HashMap<Ip, u8> = HashMap::with_max_entries(4_096, 0);
 
 /// Which class (`observer_common::source`) an address range belongs to. The daemon inserts the
 /// configured ranges and this node's own addresses. Full: the daemon reports it.
 #[map]
-pub static RANGE_TO_SOURCE: LpmTrie<[u8; 16], u8> = LpmTrie::with_max_entries(8_192, 0);
+pub static RANGE_TO_SOURCE: LpmTrie<Ip, u8> = LpmTrie::with_max_entries(8_192, 0);
 
 /// How many details a source of trouble may still send. The programs insert; the kernel evicts the
 /// least recently used when full, which gives that key a fresh budget and costs no count.
@@ -52,7 +52,7 @@ pub static KEY_TO_BUDGET: LruHashMap<BudgetKey, Budget> = LruHashMap::with_max_e
 pub struct BudgetKey {
     pub netns_cookie: u64,
     pub cgroup_id: u64,
-    pub local_address: [u8; 16],
+    pub local_address: Ip,
     pub signal: u32,
     pub reserved: u32,
 }

@@ -1,11 +1,11 @@
 //! Stages that start from a `struct sk_buff`.
 
 use aya_ebpf::EbpfContext;
-use observer_common::{Event, outcome, signal};
+use observer_common::{Event, Ip, outcome, signal};
 
 use crate::{
     layout::offset,
-    memory::{Address, read, read_or_zero},
+    memory::{Address, argument, read, read_or_zero},
     report, socket,
     task::fill_netns,
 };
@@ -18,7 +18,8 @@ const TCP_FLAG_ACK: u8 = 0x10;
 /// `tcp_send_reset`. A RST that answers a SYN is a refusal, whatever socket it met; else a socket
 /// sent it (on its own, or in answer to a segment), or nobody was there.
 #[inline(always)]
-pub fn reset_sent(ctx: &impl EbpfContext, sk: Address, skb: Address, reason: u32) -> i32 {
+pub fn reset_sent(ctx: &impl EbpfContext, reason: u32) -> i32 {
+    let (sk, skb) = (argument(ctx, 0), argument(ctx, 1));
     let flags = tcp_flags(skb);
     if flags.is_some_and(is_first_syn) {
         return refused(ctx, skb);
@@ -36,12 +37,12 @@ pub fn reset_sent(ctx: &impl EbpfContext, sk: Address, skb: Address, reason: u32
 
 /// `icmp_send`.
 #[inline(always)]
-pub fn icmp_sent(ctx: &impl EbpfContext, skb: Address, kind: u32, code: u32) -> i32 {
+pub fn icmp_sent(ctx: &impl EbpfContext, kind: u32, code: u32) -> i32 {
     if kind != ICMP_DEST_UNREACH {
         return 0;
     }
     let mut event = report::event(signal::ICMP_UNREACHABLE);
-    if fill(&mut event, skb) {
+    if fill(&mut event, argument(ctx, 0)) {
         event.code = code;
         report::send(ctx, &mut event);
     }
@@ -51,13 +52,14 @@ pub fn icmp_sent(ctx: &impl EbpfContext, skb: Address, kind: u32, code: u32) -> 
 /// `kfree_skb`: netfilter drops; and segments that met no socket, where `tcp_send_reset` does not
 /// tell (before Linux 6.10; else the reason is absent from the layout).
 #[inline(always)]
-pub fn dropped(ctx: &impl EbpfContext, skb: Address, reason: u32) -> i32 {
+pub fn dropped(ctx: &impl EbpfContext, reason: u32) -> i32 {
     if reason == offset!(reason_netfilter_drop) {
         let mut event = report::event(signal::NETFILTER_DROP);
-        if fill(&mut event, skb) {
+        if fill(&mut event, argument(ctx, 0)) {
             report::send(ctx, &mut event);
         }
     } else if reason == offset!(reason_no_socket) {
+        let skb = argument(ctx, 0);
         if tcp_flags(skb).is_some_and(is_first_syn) {
             return refused(ctx, skb);
         }
@@ -93,8 +95,8 @@ fn is_first_syn(flags: u8) -> bool {
 fn fill(event: &mut Event, skb: Address) -> bool {
     let Some((network, transport)) = headers(skb) else { return false };
     if transport.ipv4 {
-        event.remote_address = map_ipv4(read_or_zero(network, 12));
-        event.local_address = map_ipv4(read_or_zero(network, 16));
+        event.remote_address = Ip::mapped(read_or_zero(network, 12));
+        event.local_address = Ip::mapped(read_or_zero(network, 16));
     } else {
         event.remote_address = read_or_zero(network, 8);
         event.local_address = read_or_zero(network, 24);
@@ -134,11 +136,4 @@ fn headers(skb: Address) -> Option<(Address, Transport)> {
         return None;
     }
     Some((network, Transport { at: network + length, ipv4 }))
-}
-
-/// RFC 4291 §2.5.5.2: `::ffff:a.b.c.d`.
-#[inline(always)]
-pub fn map_ipv4(address: [u8; 4]) -> [u8; 16] {
-    let [a, b, c, d] = address;
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
 }

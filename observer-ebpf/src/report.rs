@@ -2,7 +2,7 @@
 
 use aya_ebpf::{EbpfContext, helpers::bpf_ktime_get_boot_ns};
 use aya_log_ebpf::warn;
-use observer_common::{ArrivalCount, ArrivalKey, Event, SignalCounts, outcome, source};
+use observer_common::{ArrivalCount, ArrivalKey, Event, Ip, SignalCounts, outcome, source};
 
 use crate::maps::{
     ARRIVAL_TO_COUNT, Budget, BudgetKey, ERRNO_COUNT, ERRNO_TO_COUNT, EVENTS, KEY_TO_BUDGET,
@@ -29,23 +29,11 @@ pub fn now() -> u64 {
 /// Counts the event and sends it unless its key has spent its budget.
 #[inline(always)]
 pub fn send(ctx: &impl EbpfContext, event: &mut Event) {
-    let Some(counts) = counts(event.signal) else { return };
-    counts.seen += 1;
-    if !within_budget(event) {
+    if within_budget(event) {
+        send_always(ctx, event);
+    } else if let Some(counts) = counts(event.signal) {
+        counts.seen += 1;
         counts.suppressed += 1;
-        return;
-    }
-    match EVENTS.reserve::<Event>(0) {
-        Some(mut entry) => {
-            entry.write(*event);
-            entry.submit(0);
-        }
-        None => {
-            if counts.ring_full == 0 {
-                warn!(ctx, "ring buffer full: signal {} loses details", event.signal);
-            }
-            counts.ring_full += 1;
-        }
     }
 }
 
@@ -82,7 +70,7 @@ pub fn count_errno(errno: u32) {
 
 /// Whether the address is one of this node's pods.
 #[inline(always)]
-pub fn is_local_pod(address: &[u8; 16]) -> bool {
+pub fn is_local_pod(address: &Ip) -> bool {
     LOCAL_ADDRESSES.get_ptr(address).is_some()
 }
 

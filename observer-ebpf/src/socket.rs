@@ -1,12 +1,11 @@
 //! Stages that start from a `struct sock`.
 
 use aya_ebpf::EbpfContext;
-use observer_common::{Event, outcome, signal};
+use observer_common::{Event, Ip, outcome, signal};
 
 use crate::{
     layout::offset,
-    memory::{Address, read, read_or_zero},
-    packet::map_ipv4,
+    memory::{Address, argument, read, read_or_zero},
     report,
     task::fill_netns,
 };
@@ -26,14 +25,16 @@ const TCP_NEW_SYN_RECV: u32 = 12;
 
 /// `inet_sock_set_state`: the hottest hook, so the states are compared before anything is read.
 #[inline(always)]
-pub fn state_changed(ctx: &impl EbpfContext, sk: Address, old: u32, new: u32) -> i32 {
+pub fn state_changed(ctx: &impl EbpfContext, old: u32, new: u32) -> i32 {
     let signal = match (old, new) {
         (TCP_SYN_RECV, TCP_ESTABLISHED) => signal::PASSIVE_OPEN,
         (TCP_SYN_SENT, TCP_CLOSE) => signal::CONNECT_FAILED,
-        (TCP_LISTEN, _) => signal::LISTENER_CLOSED,
+        // A child starts as a copy of its listener: LISTEN to SYN_RECV is no close.
+        (TCP_LISTEN, TCP_CLOSE) => signal::LISTENER_CLOSED,
         (_, TCP_LISTEN) => signal::LISTENER_OPENED,
         _ => return 0,
     };
+    let sk = argument(ctx, 0);
     // sk_protocol was a bit field's byte before Linux 5.6 and is a u16 since.
     if read::<u16>(sk, offset!(sk_protocol)) != Some(IPPROTO_TCP) {
         return 0;
@@ -58,7 +59,8 @@ pub fn state_changed(ctx: &impl EbpfContext, sk: Address, old: u32, new: u32) ->
 
 /// `tcp_receive_reset`.
 #[inline(always)]
-pub fn reset_received(ctx: &impl EbpfContext, sk: Address) -> i32 {
+pub fn reset_received(ctx: &impl EbpfContext) -> i32 {
+    let sk = argument(ctx, 0);
     let mut event = report::event(signal::RESET_RECEIVED);
     fill(&mut event, sk);
     event.cgroup_id = cgroup_id(sk);
@@ -70,7 +72,8 @@ pub fn reset_received(ctx: &impl EbpfContext, sk: Address) -> i32 {
 /// `inet_sk_error_report`: only while connecting; later errors have their own signals, and the
 /// hook also fires with `sk_err` 0 on ordinary closes.
 #[inline(always)]
-pub fn error_reported(ctx: &impl EbpfContext, sk: Address) -> i32 {
+pub fn error_reported(ctx: &impl EbpfContext) -> i32 {
+    let sk = argument(ctx, 0);
     if state(sk) != TCP_SYN_SENT || read(sk, offset!(sk_protocol)) != Some(IPPROTO_TCP) {
         return 0;
     }
@@ -103,8 +106,8 @@ fn fill(event: &mut Event, sk: Address) {
     event.socket = sk;
     match read_or_zero::<u16>(sk, offset!(skc_family)) {
         AF_INET => {
-            event.local_address = map_ipv4(read_or_zero(sk, offset!(skc_rcv_saddr)));
-            event.remote_address = map_ipv4(read_or_zero(sk, offset!(skc_daddr)));
+            event.local_address = Ip::mapped(read_or_zero(sk, offset!(skc_rcv_saddr)));
+            event.remote_address = Ip::mapped(read_or_zero(sk, offset!(skc_daddr)));
         }
         // Also right for IPv4-mapped peers; the IPv4 fields of a native IPv6 socket are junk.
         AF_INET6 => {

@@ -6,7 +6,7 @@ use observer_common::{Event, signal};
 
 use crate::{
     layout::offset,
-    memory::{Address, read, read_or_zero},
+    memory::{Address, argument, read, read_or_zero},
     report,
 };
 
@@ -22,40 +22,45 @@ const SOL_IPV6: u64 = 41;
 
 /// `signal_generate`, also for a signal that the process ignores: the kubelet did send it.
 #[inline(always)]
-pub fn signalled(ctx: &impl EbpfContext, number: u32, task: Address) -> i32 {
+pub fn signalled(ctx: &impl EbpfContext, number: u32) -> i32 {
     if number != SIGTERM && number != SIGKILL {
         return 0;
     }
     let mut event = report::event(signal::PROCESS_SIGNALLED);
-    fill(&mut event, task);
+    fill(&mut event, argument(ctx, 2));
     event.code = number;
     report::send(ctx, &mut event);
     0
 }
 
-/// An end of a process for which nothing more needs to be known.
+/// An end of the process in the first argument.
 #[inline(always)]
-pub fn happened(ctx: &impl EbpfContext, signal: u32, task: Address) -> i32 {
+pub fn happened(ctx: &impl EbpfContext, signal: u32) -> i32 {
     let mut event = report::event(signal);
-    fill(&mut event, task);
+    fill(&mut event, argument(ctx, 0));
     report::send(ctx, &mut event);
     0
 }
 
 /// `sched_process_exit` where the kernel does not say whether the whole process is dead.
 #[inline(always)]
-pub fn leader_exited(ctx: &impl EbpfContext, task: Address) -> i32 {
+pub fn leader_exited(ctx: &impl EbpfContext) -> i32 {
+    let task = argument(ctx, 0);
     let pid: Option<u32> = read(task, offset!(task_pid));
     if pid != read(task, offset!(task_tgid)) {
         return 0;
     }
-    happened(ctx, signal::PROCESS_EXITED, task)
+    happened(ctx, signal::PROCESS_EXITED)
 }
 
 /// `sys_exit`: after a successful replacement, in this node's namespace, the new table is in force.
 #[inline(always)]
-pub fn system_call_returned(ctx: &impl EbpfContext, regs: Address, result: i64) -> i32 {
-    if result != 0 || read(regs, offset!(regs_nr)) != Some(NR_SETSOCKOPT) {
+pub fn system_call_returned(ctx: &impl EbpfContext, result: i64) -> i32 {
+    if result != 0 {
+        return 0;
+    }
+    let regs = argument(ctx, 0);
+    if read(regs, offset!(regs_nr)) != Some(NR_SETSOCKOPT) {
         return 0;
     }
     if read(regs, offset!(regs_arg2)) != Some(SO_SET_REPLACE) {

@@ -6,4 +6,6 @@
 pub mod clock;
 pub mod facts;
 
+pub mod kernel;
+
 pub mod correlate;
