@@ -43,11 +43,20 @@ fn isolated<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
 
 /// Starts the kernel side, runs `act`, and returns the events that arrived with the final parts.
 fn observe(local: &[IpAddr], act: impl FnOnce()) -> (Vec<KernelEvent>, kernel::counters::Reading) {
+    observe_with(local, false, act)
+}
+
+fn observe_with(
+    local: &[IpAddr],
+    legacy_commits: bool,
+    act: impl FnOnce(),
+) -> (Vec<KernelEvent>, kernel::counters::Reading) {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
     runtime.block_on(async {
-        let Started { probes, events, counters, mut addresses } =
+        let Started { mut probes, events, counters, mut addresses } =
             kernel::start(PathBuf::from("/sys/fs/cgroup")).expect("kernel side starts");
+        probes.watch_legacy_commits(legacy_commits).expect("attach or detach");
         for probe in probes.states() {
             assert!(probe.method.is_some(), "{} is off: {:?}", probe.signal, probe.problem);
         }
@@ -158,6 +167,42 @@ fn a_terminated_process_shows_its_signal_before_its_exit() {
     let happenings: Vec<Happening> =
         events.iter().filter(|event| event.pid == pid).map(|event| event.happening).collect();
     assert_eq!(happenings, [Happening::Signalled { number: 15 }, Happening::Exited]);
+}
+
+#[test]
+fn legacy_commits_are_seen_in_the_own_namespace_and_only_changes_count() {
+    let run = |program: &str, arguments: &str| {
+        let status = Command::new(program).args(arguments.split(' ')).status();
+        assert!(status.expect("iptables-legacy (package iptables)").success(), "{program}");
+    };
+    let (elsewhere, here) = isolated(move || {
+        let commits = |attached, act: &dyn Fn()| {
+            let (events, _) = observe_with(&[], attached, act);
+            let happenings = events.into_iter().map(|event| event.happening);
+            happenings.filter(|what| matches!(what, Happening::LegacyCommit { .. })).collect()
+        };
+        let change = || {
+            run("iptables-legacy", "-t nat -A OUTPUT -d 198.51.100.1 -j RETURN");
+            run("ip6tables-legacy", "-t nat -A OUTPUT -d 2001:db8::1 -j RETURN");
+            run("iptables-legacy", "-t nat -S");
+        };
+        let unattached: Vec<Happening> = commits(false, &change);
+        assert_eq!(unattached, []);
+        let elsewhere: Vec<Happening> = commits(true, &|| {
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    unshare(CloneFlags::CLONE_NEWNET).expect("needs root");
+                    change();
+                });
+            });
+        });
+        (elsewhere, commits(true, &change))
+    });
+    assert_eq!(elsewhere, [], "another namespace's tables are not this node's");
+    assert_eq!(
+        here,
+        [Happening::LegacyCommit { family: 4 }, Happening::LegacyCommit { family: 6 }]
+    );
 }
 
 #[test]

@@ -113,9 +113,9 @@ pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
     Ok(Started { probes, events, counters, addresses })
 }
 
-/// The inode number of this process's network namespace.
+/// The inode number of the calling thread's network namespace.
 fn own_netns_inum() -> anyhow::Result<u32> {
-    let path = "/proc/self/ns/net";
+    let path = "/proc/thread-self/ns/net";
     let inode = fs::metadata(path).with_context(|| format!("cannot read {path}"))?.ino();
     u32::try_from(inode).with_context(|| format!("{path} has the odd inode {inode}"))
 }
