@@ -6,4 +6,6 @@
 pub mod clock;
 pub mod facts;
 
+pub mod dataplane;
+
 pub mod correlate;
