@@ -13,7 +13,7 @@ const MAPS_ADDRESS_AND_PORT: u32 = 1 | 2;
 
 /// The protocol of an IP header's number; `None` for one that no Service uses.
 #[must_use]
-pub fn protocol(number: u8) -> Option<Protocol> {
+pub(super) fn protocol(number: u8) -> Option<Protocol> {
     match number {
         6 => Some(Protocol::Tcp),
         17 => Some(Protocol::Udp),
@@ -23,7 +23,7 @@ pub fn protocol(number: u8) -> Option<Protocol> {
 }
 
 /// Takes from a match what it says of `rule`.
-pub fn add_match(rule: &mut Rule, name: &[u8], info: &[u8]) {
+pub(super) fn add_match(rule: &mut Rule, name: &[u8], info: &[u8]) {
     match name {
         b"tcp" => rule.protocol = Some(Protocol::Tcp),
         b"udp" => rule.protocol = Some(Protocol::Udp),
@@ -36,7 +36,7 @@ pub fn add_match(rule: &mut Rule, name: &[u8], info: &[u8]) {
 }
 
 /// Takes from a target what it does to new connections.
-pub fn add_target(rule: &mut Rule, family: Family, name: &[u8], revision: u8, info: &[u8]) {
+pub(super) fn add_target(rule: &mut Rule, family: Family, name: &[u8], revision: u8, info: &[u8]) {
     if name == b"DNAT" {
         let destination = destination(family, revision, info);
         rule.effects.push(destination.unwrap_or(Effect::SendUnknown));
@@ -45,7 +45,7 @@ pub fn add_target(rule: &mut Rule, family: Family, name: &[u8], revision: u8, in
 
 /// The bytes before the first NUL.
 #[must_use]
-pub fn text(bytes: &[u8]) -> &[u8] {
+pub(super) fn text(bytes: &[u8]) -> &[u8] {
     bytes.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 

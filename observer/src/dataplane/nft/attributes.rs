@@ -7,17 +7,17 @@
 
 /// Input that is not what the kernel writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Malformed;
+pub(super) struct Malformed;
 
 /// Length of `nlmsghdr`.
-pub const MESSAGE_HEADER_BYTES: usize = 16;
+pub(super) const MESSAGE_HEADER_BYTES: usize = 16;
 const ATTRIBUTE_HEADER_BYTES: usize = 4;
 /// Without `NLA_F_NESTED` and `NLA_F_NET_BYTEORDER`.
 const ATTRIBUTE_TYPE_MASK: u16 = 0x3fff;
 
 /// One netlink message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Frame<'d> {
+pub(super) struct Frame<'d> {
     /// `nlmsg_type`
     pub kind: u16,
     /// `nlmsg_flags`
@@ -29,7 +29,7 @@ pub struct Frame<'d> {
 }
 
 /// The messages of a datagram; the first malformed one ends it.
-pub fn frames(datagram: &[u8]) -> impl Iterator<Item = Result<Frame<'_>, Malformed>> {
+pub(super) fn frames(datagram: &[u8]) -> impl Iterator<Item = Result<Frame<'_>, Malformed>> {
     let mut rest = Ok(datagram);
     std::iter::from_fn(move || {
         let (frame, after) = match rest {
@@ -55,7 +55,7 @@ fn split_frame(bytes: &[u8]) -> Option<(Frame<'_>, &[u8])> {
 }
 
 /// The attributes in `bytes` as type and value; the first malformed one ends it.
-pub fn attributes(bytes: &[u8]) -> impl Iterator<Item = Result<(u16, &[u8]), Malformed>> {
+pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = Result<(u16, &[u8]), Malformed>> {
     let mut rest = bytes;
     std::iter::from_fn(move || {
         if rest.is_empty() {
@@ -78,7 +78,7 @@ fn split_attribute(bytes: &[u8]) -> Option<((u16, &[u8]), &[u8])> {
 }
 
 /// The attributes in `bytes`, by type; types from `N` on are left out, as newer kernels add them.
-pub fn fields<const N: usize>(bytes: &[u8]) -> Result<[Option<&[u8]>; N], Malformed> {
+pub(super) fn fields<const N: usize>(bytes: &[u8]) -> Result<[Option<&[u8]>; N], Malformed> {
     let mut fields = [None; N];
     for attribute in attributes(bytes) {
         let (kind, value) = attribute?;
@@ -90,17 +90,17 @@ pub fn fields<const N: usize>(bytes: &[u8]) -> Result<[Option<&[u8]>; N], Malfor
 }
 
 /// A number in network order.
-pub fn be32(value: &[u8]) -> Result<u32, Malformed> {
+pub(super) fn be32(value: &[u8]) -> Result<u32, Malformed> {
     value.try_into().map(u32::from_be_bytes).ok().ok_or(Malformed)
 }
 
 /// A handle in network order.
-pub fn be64(value: &[u8]) -> Result<u64, Malformed> {
+pub(super) fn be64(value: &[u8]) -> Result<u64, Malformed> {
     value.try_into().map(u64::from_be_bytes).ok().ok_or(Malformed)
 }
 
 /// A name, with or without its final NUL.
-pub fn name(value: Option<&[u8]>) -> Result<&str, Malformed> {
+pub(super) fn name(value: Option<&[u8]>) -> Result<&str, Malformed> {
     let value = value.ok_or(Malformed)?;
     std::str::from_utf8(value.strip_suffix(&[0]).unwrap_or(value)).ok().ok_or(Malformed)
 }

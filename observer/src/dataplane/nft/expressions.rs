@@ -93,7 +93,7 @@ struct Reader {
 
 /// Reduces a rule: `list` holds `NFTA_LIST_ELEM` attributes, one per expression. `family` is the
 /// table's, `None` for inet. Gives also how many expressions are not known.
-pub fn reduce(
+pub(super) fn reduce(
     family: Option<Family>,
     list: &[u8],
     userdata: Option<&[u8]>,
@@ -121,7 +121,7 @@ fn comment(mut userdata: &[u8]) -> Option<&str> {
 }
 
 /// What a verdict says: the chain it goes to, if it is a jump or goto.
-pub fn verdict(data: &[u8]) -> Result<Option<Name>, Malformed> {
+pub(super) fn verdict(data: &[u8]) -> Result<Option<Name>, Malformed> {
     let [_, code, chain] = fields::<3>(data)?;
     let code = be32(code.ok_or(Malformed)?)?;
     Ok(if JUMP_OR_GOTO.contains(&code) { Some(name(chain)?.into()) } else { None })

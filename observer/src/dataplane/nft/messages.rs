@@ -9,7 +9,7 @@ use super::expressions;
 use crate::dataplane::rules::{Element, ElementKey, Family, Name, Rule};
 
 /// `NFNL_SUBSYS_NFTABLES`, the high byte of a message's type.
-pub const SUBSYSTEM: u16 = 10;
+pub(super) const SUBSYSTEM: u16 = 10;
 /// Length of `nfgenmsg`.
 const FAMILY_HEADER_BYTES: usize = 4;
 /// `NFT_TABLE_F_DORMANT`
@@ -20,24 +20,24 @@ const SET_IS_MAP: u32 = 8;
 const NAT_HOOKS: [u32; 2] = [0, 3];
 
 /// Message types (`nf_tables_msg_types`).
-pub mod kind {
-    pub const NEW_TABLE: u8 = 0;
-    pub const GET_TABLE: u8 = 1;
-    pub const DELETE_TABLE: u8 = 2;
-    pub const NEW_CHAIN: u8 = 3;
-    pub const GET_CHAIN: u8 = 4;
-    pub const DELETE_CHAIN: u8 = 5;
-    pub const NEW_RULE: u8 = 6;
-    pub const GET_RULE: u8 = 7;
-    pub const DELETE_RULE: u8 = 8;
-    pub const NEW_SET: u8 = 9;
-    pub const GET_SET: u8 = 10;
-    pub const DELETE_SET: u8 = 11;
-    pub const NEW_ELEMENTS: u8 = 12;
-    pub const GET_ELEMENTS: u8 = 13;
-    pub const DELETE_ELEMENTS: u8 = 14;
-    pub const NEW_GENERATION: u8 = 15;
-    pub const GET_GENERATION: u8 = 16;
+pub(super) mod kind {
+    pub(crate) const NEW_TABLE: u8 = 0;
+    pub(crate) const GET_TABLE: u8 = 1;
+    pub(crate) const DELETE_TABLE: u8 = 2;
+    pub(crate) const NEW_CHAIN: u8 = 3;
+    pub(crate) const GET_CHAIN: u8 = 4;
+    pub(crate) const DELETE_CHAIN: u8 = 5;
+    pub(crate) const NEW_RULE: u8 = 6;
+    pub(crate) const GET_RULE: u8 = 7;
+    pub(crate) const DELETE_RULE: u8 = 8;
+    pub(crate) const NEW_SET: u8 = 9;
+    pub(crate) const GET_SET: u8 = 10;
+    pub(crate) const DELETE_SET: u8 = 11;
+    pub(crate) const NEW_ELEMENTS: u8 = 12;
+    pub(crate) const GET_ELEMENTS: u8 = 13;
+    pub(crate) const DELETE_ELEMENTS: u8 = 14;
+    pub(crate) const NEW_GENERATION: u8 = 15;
+    pub(crate) const GET_GENERATION: u8 = 16;
 }
 
 /// Family of a table.
@@ -110,7 +110,7 @@ pub enum Change {
 
 /// A message of no interest, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Passed {
+pub(super) enum Passed {
     /// Not what the kernel writes.
     Malformed,
     /// Another family, subsystem or kind of object.
@@ -124,7 +124,7 @@ impl From<Malformed> for Passed {
 }
 
 /// Decodes one message. Gives also how many expressions it holds that are not known.
-pub fn decode(frame: &Frame<'_>) -> Result<(Message, u64), Passed> {
+pub(super) fn decode(frame: &Frame<'_>) -> Result<(Message, u64), Passed> {
     let [kind, subsystem] = frame.kind.to_le_bytes();
     if u16::from(subsystem) != SUBSYSTEM {
         return Err(Passed::Foreign);

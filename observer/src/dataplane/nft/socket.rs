@@ -11,6 +11,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt,
     socket, sockopt,
 };
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// `NFNLGRP_NFTABLES` 7, as a bit of `nl_groups`.
@@ -66,7 +67,11 @@ impl Subscription {
         let socket = open(SockFlag::SOCK_NONBLOCK, COMMITS)?;
         setsockopt(&socket, sockopt::RcvBufForce, &receive_buffer_bytes)
             .context("enlarge the netlink receive buffer (needs CAP_NET_ADMIN)")?;
-        let socket = AsyncFd::new(socket).context("watch the netlink socket")?;
+        #[expect(unsafe_code, reason = "tokio has no safe way to watch a descriptor")]
+        // SAFETY: an `OwnedFd` is open and stays the same until it is dropped, which the `AsyncFd`
+        // that owns it does after it stopped watching.
+        let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }
+            .context("watch the netlink socket")?;
         Ok(Self { socket, buffer: buffer() })
     }
 

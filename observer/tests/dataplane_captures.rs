@@ -1,0 +1,136 @@
+//! Replays what a real kube-proxy wrote, state by state, into a scratch network namespace with
+//! the real tools: the backends and their changes must be those of the recording, and no others.
+//! Needs root, nftables and iptables.
+#![expect(clippy::tests_outside_test_module, reason = "this is a test crate")]
+
+mod namespace;
+
+use std::collections::BTreeSet;
+
+use namespace::{STATES, captured, expected, feed, in_namespace, nft, shown};
+use observer::clock;
+use observer::dataplane::legacy::{Reader, legacy_tables_in_use};
+use observer::dataplane::nft::follow::{Follow, Step};
+use observer::dataplane::nft::{Dumper, Received, Subscription, read_datagram};
+use observer::dataplane::{Counters, Family, reach};
+
+const API: &str = "default/kubernetes:https Tcp 10.99.0.1 6443";
+const REAL: [&str; 3] =
+    [API, "default/real:http Tcp 10.244.1.24 8080", "default/real:http Tcp 10.244.1.25 8080"];
+
+/// Which pods are backends in each of the eight states, by last byte of the address.
+struct Recording {
+    folder: &'static str,
+    pods: [[u8; 3]; 3],
+    constant: &'static [&'static str],
+}
+
+impl Recording {
+    fn backends(&self, state: usize) -> BTreeSet<String> {
+        let [before, after_one, back] = &self.pods;
+        let pods: &[u8] = match state {
+            0 => before,
+            1..=4 => after_one,
+            5 | 6 => &[],
+            _ => back,
+        };
+        expected(pods, self.constant)
+    }
+
+    /// Loads every state and follows the notifications; compares with the recording, and with a
+    /// fresh dump.
+    fn replay(self, load: fn(&str)) {
+        in_namespace(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .expect("build a runtime");
+            let _inside = runtime.enter();
+            let counters = Counters::default();
+            let mut subscription = Subscription::open(16 << 20).expect("subscribe");
+            let mut follow = dump(&counters);
+            for (state, name) in STATES.iter().enumerate() {
+                let extension = if self.folder.starts_with("nft") { "nft" } else { "txt" };
+                let rules = captured(&format!("{}/{name}.{extension}", self.folder));
+                for _rewrite in 0..2 {
+                    load(&rules);
+                    catch_up(&mut subscription, &mut follow, &counters);
+                    let fresh = dump(&counters);
+                    assert_eq!(follow.generation(), fresh.generation(), "{name}");
+                    assert_eq!(follow.ruleset(), fresh.ruleset(), "{name}");
+                    assert_eq!(reached(&follow), self.backends(state), "{} {name}", self.folder);
+                }
+            }
+            assert_eq!(counters.malformed.get(), 0);
+            assert_eq!(counters.unknown_expressions.get(), 0);
+        });
+    }
+}
+
+fn dump(counters: &Counters) -> Follow {
+    Dumper::open()
+        .and_then(|dumper| dumper.dump(counters).map_err(|fault| anyhow::anyhow!("{fault:?}")))
+        .expect("dump all rules")
+}
+
+fn catch_up(subscription: &mut Subscription, follow: &mut Follow, counters: &Counters) {
+    loop {
+        let messages = match subscription.receive().expect("read notifications") {
+            Received::Empty => return,
+            Received::Overrun => panic!("the receive buffer is large enough"),
+            Received::Datagram(datagram) => read_datagram(datagram, counters),
+        };
+        let now = clock::now();
+        for message in messages {
+            assert_ne!(follow.step(message, now, now), Step::Lost);
+        }
+    }
+}
+
+fn reached(follow: &Follow) -> BTreeSet<String> {
+    let reached: Vec<_> =
+        follow.ruleset().tables().map(|(id, _)| follow.ruleset().reached(id)).collect();
+    assert_eq!(reached.iter().map(|reached| reached.unresolved).sum::<usize>(), 0);
+    shown(reached.iter().flat_map(|reached| &reached.backends))
+}
+
+#[test]
+fn nftables_1_36_states_have_the_recorded_backends() {
+    let pods = [[18, 19, 20], [18, 19, 21], [22, 23, 24]];
+    Recording { folder: "nftables-1.36", pods, constant: &[API] }.replay(nft);
+}
+
+#[test]
+fn nftables_1_35_states_have_the_recorded_backends() {
+    let pods = [[35, 36, 37], [36, 37, 38], [39, 40, 41]];
+    Recording { folder: "nftables-1.35", pods, constant: &REAL }.replay(nft);
+}
+
+#[test]
+fn iptables_nft_states_have_the_recorded_backends() {
+    let pods = [[22, 23, 24], [22, 23, 25], [26, 27, 28]];
+    Recording { folder: "iptables-nft", pods, constant: &[API] }
+        .replay(|rules| feed(&["iptables-nft-restore"], rules));
+}
+
+#[test]
+fn iptables_legacy_states_have_the_recorded_backends() {
+    in_namespace(|| {
+        let pods = [[26, 27, 28], [26, 28, 29], [30, 31, 32]];
+        let recording = Recording { folder: "iptables-legacy", pods, constant: &[API] };
+        let reader = Reader::open(Family::V4).expect("open").expect("IPv4");
+        let read = || {
+            let reached = reach::walk(&reader.read().expect("read the legacy nat table"));
+            assert_eq!(reached.unresolved, 0);
+            shown(&reached.backends)
+        };
+        assert_eq!(read(), BTreeSet::new());
+        assert!(!legacy_tables_in_use(), "reading does not create the table");
+        for (state, name) in STATES.iter().enumerate() {
+            let rules = captured(&format!("iptables-legacy/{name}.txt"));
+            feed(&["iptables-legacy-restore"], &rules);
+            assert!(legacy_tables_in_use());
+            assert_eq!(read(), recording.backends(state), "{name}");
+        }
+    });
+}
