@@ -1,17 +1,15 @@
 //! Replays what a real kube-proxy wrote, state by state, into a scratch network namespace with
 //! the real tools: the backends and their changes must be those of the recording, and no others.
-//! Needs root, nftables and iptables.
-#![expect(clippy::tests_outside_test_module, reason = "this is a test crate")]
-
-mod namespace;
 
 use std::collections::BTreeSet;
 
-use namespace::{STATES, captured, expected, feed, in_namespace, nft, shown};
+use super::namespace::{
+    STATES, captured, dump, expected, feed, in_namespace, nft, reached, runtime, shown,
+};
 use observer::clock;
 use observer::dataplane::legacy::{Reader, legacy_tables_in_use};
 use observer::dataplane::nft::follow::{Follow, Step};
-use observer::dataplane::nft::{Dumper, Received, Subscription, read_datagram};
+use observer::dataplane::nft::{Received, Subscription, read_datagram};
 use observer::dataplane::{Counters, Family, reach};
 
 const API: &str = "default/kubernetes:https Tcp 10.99.0.1 6443";
@@ -41,10 +39,7 @@ impl Recording {
     /// fresh dump.
     fn replay(self, load: fn(&str)) {
         in_namespace(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .expect("build a runtime");
+            let runtime = runtime();
             let _inside = runtime.enter();
             let counters = Counters::default();
             let mut subscription = Subscription::open(16 << 20).expect("subscribe");
@@ -67,12 +62,6 @@ impl Recording {
     }
 }
 
-fn dump(counters: &Counters) -> Follow {
-    Dumper::open()
-        .and_then(|dumper| dumper.dump(counters).map_err(|fault| anyhow::anyhow!("{fault:?}")))
-        .expect("dump all rules")
-}
-
 fn catch_up(subscription: &mut Subscription, follow: &mut Follow, counters: &Counters) {
     loop {
         let messages = match subscription.receive().expect("read notifications") {
@@ -87,23 +76,18 @@ fn catch_up(subscription: &mut Subscription, follow: &mut Follow, counters: &Cou
     }
 }
 
-fn reached(follow: &Follow) -> BTreeSet<String> {
-    let reached: Vec<_> =
-        follow.ruleset().tables().map(|(id, _)| follow.ruleset().reached(id)).collect();
-    assert_eq!(reached.iter().map(|reached| reached.unresolved).sum::<usize>(), 0);
-    shown(reached.iter().flat_map(|reached| &reached.backends))
-}
-
 #[test]
 fn nftables_1_36_states_have_the_recorded_backends() {
     let pods = [[18, 19, 20], [18, 19, 21], [22, 23, 24]];
-    Recording { folder: "nftables-1.36", pods, constant: &[API] }.replay(nft);
+    Recording { folder: "nftables-1.36", pods, constant: &[API] }
+        .replay(|rules| nft(&format!("flush ruleset\n{rules}")));
 }
 
 #[test]
 fn nftables_1_35_states_have_the_recorded_backends() {
     let pods = [[35, 36, 37], [36, 37, 38], [39, 40, 41]];
-    Recording { folder: "nftables-1.35", pods, constant: &REAL }.replay(nft);
+    Recording { folder: "nftables-1.35", pods, constant: &REAL }
+        .replay(|rules| nft(&format!("flush ruleset\n{rules}")));
 }
 
 #[test]

@@ -6,10 +6,13 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
+use observer::dataplane::Counters;
+use observer::dataplane::nft::Dumper;
+use observer::dataplane::nft::follow::Follow;
 use observer::facts::Backend;
 
 /// Runs `test` on a thread of its own in a new network namespace, which goes with the thread.
-pub fn in_namespace(test: impl FnOnce() + Send + 'static) {
+pub(crate) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let thread = thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("make a network namespace: this test needs root");
         test();
@@ -19,8 +22,13 @@ pub fn in_namespace(test: impl FnOnce() + Send + 'static) {
     }
 }
 
+/// An async runtime whose threads are all in this thread's namespace.
+pub(crate) fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("build a runtime")
+}
+
 /// Feeds `input` to a tool in this thread's namespace; it has to succeed.
-pub fn feed(command: &[&str], input: &str) {
+pub(crate) fn feed(command: &[&str], input: &str) {
     let (program, arguments) = command.split_first().expect("a program");
     let mut child = Command::new(program)
         .args(arguments)
@@ -43,19 +51,19 @@ fn lock() -> std::path::PathBuf {
     std::env::temp_dir().join(format!("observer-xtables-{}.lock", std::process::id()))
 }
 
-/// Replaces all nf_tables rules in one commit.
-pub fn nft(rules: &str) {
-    feed(&["nft", "-f", "-"], &format!("flush ruleset\n{rules}"));
+/// Makes one commit to the nf_tables rules.
+pub(crate) fn nft(commands: &str) {
+    feed(&["nft", "-f", "-"], commands);
 }
 
 /// A recorded state.
-pub fn captured(path: &str) -> String {
+pub(crate) fn captured(path: &str) -> String {
     let path = format!("{}/tests/captures/{path}", env!("CARGO_MANIFEST_DIR"));
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
 /// The states of every recording, in order.
-pub const STATES: [&str; 8] = [
+pub(crate) const STATES: [&str; 8] = [
     "0-before",
     "1-terminating",
     "2-unready",
@@ -67,7 +75,7 @@ pub const STATES: [&str; 8] = [
 ];
 
 /// `service protocol address port`, sorted.
-pub fn shown<'b>(backends: impl IntoIterator<Item = &'b Backend>) -> BTreeSet<String> {
+pub(crate) fn shown<'b>(backends: impl IntoIterator<Item = &'b Backend>) -> BTreeSet<String> {
     let show = |backend: &Backend| {
         let service = backend.service.as_ref().map_or("-", |service| &service.0);
         format!("{service} {:?} {} {}", backend.protocol, backend.address, backend.port)
@@ -77,7 +85,7 @@ pub fn shown<'b>(backends: impl IntoIterator<Item = &'b Backend>) -> BTreeSet<St
 
 /// What the recordings have when these pods (by last byte of their address) are backends: each
 /// behind three Services, beside what never changes.
-pub fn expected(pods: &[u8], constant: &[&str]) -> BTreeSet<String> {
+pub(crate) fn expected(pods: &[u8], constant: &[&str]) -> BTreeSet<String> {
     let of_pod = |pod: &u8| {
         [
             format!("default/web:http Tcp 10.244.0.{pod} 8080"),
@@ -87,4 +95,18 @@ pub fn expected(pods: &[u8], constant: &[&str]) -> BTreeSet<String> {
     };
     let constant = constant.iter().map(|&backend| backend.to_owned());
     pods.iter().flat_map(of_pod).chain(constant).collect()
+}
+
+/// All rules of this namespace.
+pub(crate) fn dump(counters: &Counters) -> Follow {
+    Dumper::open()
+        .and_then(|dumper| dumper.dump(counters).map_err(|fault| anyhow::anyhow!("{fault:?}")))
+        .expect("dump all rules")
+}
+
+/// The backends of all tables.
+pub(crate) fn reached(follow: &Follow) -> BTreeSet<String> {
+    let reached: Vec<_> =
+        follow.ruleset().tables().map(|(id, _)| follow.ruleset().reached(id)).collect();
+    shown(reached.iter().flat_map(|reached| &reached.backends))
 }
