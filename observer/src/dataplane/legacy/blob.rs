@@ -168,3 +168,122 @@ fn part(bytes: &[u8]) -> Option<(&[u8], u8, &[u8], &[u8])> {
 fn half(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::dataplane::reach;
+
+    const STANDARD_REVISION: u8 = 0;
+
+    fn part(name: &str, revision: u8, info: &[u8]) -> Vec<u8> {
+        let info_bytes = info.len().next_multiple_of(8);
+        let size = u16::try_from(PART_HEADER_BYTES + info_bytes).expect("small");
+        let mut bytes = size.to_ne_bytes().to_vec();
+        bytes.extend(name.as_bytes());
+        bytes.resize(PART_HEADER_BYTES - 1, 0);
+        bytes.push(revision);
+        bytes.extend(info);
+        bytes.resize(PART_HEADER_BYTES + info_bytes, 0);
+        bytes
+    }
+
+    fn entry_of(protocol: u16, matches: &[Vec<u8>], target: &[u8]) -> Vec<u8> {
+        let layout = layout(Family::V4);
+        let matches = matches.concat();
+        let target_at = layout.entry_bytes + matches.len();
+        let half = |value: usize| u16::try_from(value).expect("small").to_ne_bytes();
+        let mut bytes = vec![0; layout.entry_bytes];
+        bytes[80..82].copy_from_slice(&protocol.to_ne_bytes());
+        bytes[88..90].copy_from_slice(&half(target_at));
+        bytes[90..92].copy_from_slice(&half(target_at + target.len()));
+        [&bytes, &matches, target].concat()
+    }
+
+    fn verdict(code: i32) -> Vec<u8> {
+        part("", STANDARD_REVISION, &code.to_ne_bytes())
+    }
+
+    /// PREROUTING jumps to a chain that sends to 10.0.0.1:80; INPUT and OUTPUT do nothing.
+    fn table() -> (Vec<u8>, Vec<u8>) {
+        let policy = entry_of(0, &[], &verdict(-2));
+        let jump_bytes = policy.len();
+        let header = entry_of(0, &[], &part("ERROR", 0, b"KUBE-SEP-X\0"));
+        let chain_at = jump_bytes + 3 * policy.len() + header.len();
+        let jump = entry_of(6, &[], &verdict(i32::try_from(chain_at).expect("small")));
+        let mut range = 3_u32.to_ne_bytes().to_vec();
+        range.extend([[10, 0, 0, 1], [0; 4], [0; 4], [0; 4]].concat().repeat(2));
+        range.extend([0, 80, 0, 80, 0, 0]);
+        let comment = part("comment", 0, b"ns/web:http\0");
+        let send = entry_of(6, &[comment], &part("DNAT", 2, &range));
+        let end = entry_of(0, &[], &part("ERROR", 0, b"ERROR\0"));
+        let entries =
+            [&jump[..], &policy, &policy, &policy, &header, &send, &policy, &end].concat();
+        let mut info = vec![0; INFO_BYTES];
+        let mut put = |at: usize, value: usize| {
+            let value = u32::try_from(value).expect("small").to_ne_bytes();
+            info[at..at + 4].copy_from_slice(&value);
+        };
+        let starts = [(0, 0), (1, 2), (3, 3)];
+        for (hook, entry) in starts {
+            put(HOOK_ENTRIES_AT + hook * 4, entry * policy.len());
+            put(UNDERFLOWS_AT + hook * 4, entry.max(1) * policy.len());
+        }
+        (info, entries)
+    }
+
+    #[test]
+    fn a_jump_by_offset_leads_to_the_chains_destination() {
+        let (info, entries) = table();
+        let table = parse(Family::V4, &info, &entries).expect("a table");
+        let reached = reach::walk(&table);
+        let [backend] = &reached.backends.iter().collect::<Vec<_>>()[..] else {
+            panic!("one backend: {reached:?}")
+        };
+        assert_eq!((backend.address, backend.port), ([10, 0, 0, 1].into(), 80));
+        assert_eq!(backend.service.as_ref().map(|service| &*service.0), Some("ns/web:http"));
+        assert!(!table.chains["KUBE-SEP-X"].entry);
+    }
+
+    #[test]
+    fn a_rule_for_all_but_one_protocol_says_no_protocol() {
+        let mut entry_bytes = entry_of(6, &[], &verdict(-2));
+        entry_bytes[83] = NOT_THIS_PROTOCOL;
+        let (rule, ..) = entry(Family::V4, &layout(Family::V4), &entry_bytes).expect("an entry");
+        assert_eq!(rule.protocol, None);
+    }
+
+    #[test]
+    fn a_truncated_table_is_malformed_and_an_altered_one_never_panics() {
+        let (info, entries) = table();
+        let mut whole = 0;
+        for length in 0..entries.len() {
+            whole += usize::from(parse(Family::V4, &info, &entries[..length]).is_ok());
+        }
+        assert_eq!(whole, 8, "only a cut between its 8 entries leaves whole ones");
+        assert_eq!(parse(Family::V4, &info[..60], &entries), Err(Malformed));
+        for at in 0..entries.len() {
+            let mut altered = entries.clone();
+            altered[at] ^= 0xff;
+            if let Ok(table) = parse(Family::V4, &info, &altered) {
+                reach::walk(&table);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_to_an_end(
+            info in proptest::collection::vec(any::<u8>(), 0..100),
+            entries in proptest::collection::vec(any::<u8>(), 0..600),
+        ) {
+            for family in [Family::V4, Family::V6] {
+                if let Ok(table) = parse(family, &info, &entries) {
+                    reach::walk(&table);
+                }
+            }
+        }
+    }
+}

@@ -233,9 +233,11 @@ impl Reader {
         Ok(())
     }
 
-    /// `NFTA_NAT_TYPE` 1, `_FAMILY` 2, `_REG_ADDR_MIN` 3, `_REG_PROTO_MIN` 5.
+    /// `NFTA_NAT_TYPE` 1, `_FAMILY` 2, `_REG_ADDR_MIN` 3, `_REG_ADDR_MAX` 4, `_REG_PROTO_MIN` 5,
+    /// `_REG_PROTO_MAX` 6. The kernel repeats the minimum as maximum unless it is a range, which
+    /// is no backend.
     fn nat(&mut self, data: &[u8]) -> Result<(), Malformed> {
-        let [_, kind, family, address, _, port] = fields::<6>(data)?;
+        let [_, kind, family, address, last_address, port, last_port] = fields::<7>(data)?;
         if be32(kind.ok_or(Malformed)?)? != NAT_DESTINATION {
             return Ok(());
         }
@@ -244,9 +246,11 @@ impl Reader {
             10 => Some(Family::V6),
             _ => None,
         };
-        let (address, port) = (word_of(address)?, word_of(port)?);
+        let range = last_address.is_some_and(|last| Some(last) != address)
+            || last_port.is_some_and(|last| Some(last) != port);
+        let at = word_of(address)?.zip(word_of(port)?).filter(|_| !range);
         let effect = family
-            .zip(address.zip(port))
+            .zip(at)
             .and_then(|(family, (address, port))| self.destination(family, address, port));
         self.rule.effects.push(effect.unwrap_or(Effect::SendUnknown));
         Ok(())
@@ -293,5 +297,111 @@ impl Reader {
             add(&mut self.rule, family, kind, revision, info);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::Protocol;
+
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(value.len() + 4).expect("small");
+        let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    fn number(kind: u16, value: u32) -> Vec<u8> {
+        attribute(kind, &value.to_be_bytes())
+    }
+
+    fn expression(name: &str, data: &[Vec<u8>]) -> Vec<u8> {
+        let name = attribute(1, format!("{name}\0").as_bytes());
+        attribute(1, &[name, attribute(2, &data.concat())].concat())
+    }
+
+    fn constant(register: u32, value: &[u8]) -> Vec<u8> {
+        expression("immediate", &[number(1, register), attribute(2, &attribute(1, value))])
+    }
+
+    fn tcp() -> Vec<u8> {
+        let load = expression("meta", &[number(1, 1), number(2, META_L4PROTO)]);
+        let equal = [number(1, 1), number(2, CMP_EQUAL), attribute(3, &attribute(1, &[6]))];
+        [load, expression("cmp", &equal)].concat()
+    }
+
+    fn dnat(address: u32, port: u32) -> Vec<u8> {
+        let parts =
+            [(1, NAT_DESTINATION), (2, 2), (3, address), (4, address), (5, port), (6, port)];
+        expression("nat", &parts.map(|(kind, value)| number(kind, value)))
+    }
+
+    fn reduced(expressions: &[Vec<u8>]) -> (Rule, u64) {
+        reduce(Some(Family::V4), &expressions.concat(), None).expect("well formed")
+    }
+
+    #[test]
+    fn constants_in_registers_become_the_destination() {
+        let (rule, unknown) =
+            reduced(&[tcp(), constant(1, &[10, 0, 0, 7]), constant(2, &[0x1f, 0x90]), dnat(1, 2)]);
+        assert_eq!(rule.protocol, Some(Protocol::Tcp));
+        assert_eq!(rule.effects, [Effect::Send("10.0.0.7".parse().expect("address"), 8080)]);
+        assert_eq!(unknown, 0);
+    }
+
+    #[test]
+    fn a_map_of_address_and_port_is_read_by_its_words() {
+        let lookup = expression("lookup", &[attribute(1, b"__map0\0"), number(2, 1), number(3, 1)]);
+        let (rule, _) = reduced(&[tcp(), expression("numgen", &[]), lookup, dnat(1, 9)]);
+        let port = PortSource::AtByte(4);
+        let map = "__map0".into();
+        assert_eq!(
+            rule.effects,
+            [Effect::SendByMap { map, family: Family::V4, address_at: 0, port }]
+        );
+    }
+
+    #[test]
+    fn an_unknown_expression_forgets_the_registers_and_is_counted() {
+        let load = [constant(1, &[10, 0, 0, 7]), constant(2, &[0, 80])];
+        for (name, counted) in [("novel", 1), ("ct", 0)] {
+            let (rule, unknown) = reduced(&[load.concat(), expression(name, &[]), dnat(1, 2)]);
+            assert_eq!((rule.effects, unknown), (vec![Effect::SendUnknown], counted), "{name}");
+        }
+        let (rule, _) = reduced(&[load.concat(), expression("counter", &[]), dnat(1, 2)]);
+        assert_ne!(rule.effects, [Effect::SendUnknown]);
+    }
+
+    #[test]
+    fn registers_that_do_not_exist_are_no_destination() {
+        for register in [0, 5, 7, 24, u32::MAX] {
+            let (rule, _) = reduced(&[constant(register, &[1; 16]), dnat(register, register)]);
+            assert_eq!(rule.effects, [Effect::SendUnknown], "{register}");
+        }
+        let (rule, _) = reduced(&[constant(23, &[1; 64]), dnat(23, 23)]);
+        assert_eq!(rule.effects, [Effect::Send("1.1.1.1".parse().expect("address"), 257)]);
+    }
+
+    #[test]
+    fn truncated_rules_are_malformed_or_smaller_but_never_more() {
+        let whole =
+            [tcp(), constant(1, &[10, 0, 0, 7]), constant(2, &[0, 80]), dnat(1, 2)].concat();
+        for length in 0..whole.len() {
+            if let Ok((rule, _)) = reduce(Some(Family::V4), &whole[..length], None) {
+                assert!(rule.effects.is_empty(), "{length}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_comment_in_user_data_names_the_service_port() {
+        let text = b"default/web:http\0";
+        let mut userdata = vec![9, 2, 0, 0, USERDATA_COMMENT, 17];
+        userdata.extend(text);
+        let (rule, _) = reduce(None, &[], Some(&userdata)).expect("well formed");
+        assert_eq!(rule.service.map(|service| service.0), Some("default/web:http".into()));
+        assert_eq!(comment(&userdata[..12]), None, "cut short");
     }
 }

@@ -116,3 +116,65 @@ impl Follow {
         Step::Commit(Commit { at, uncertainty: DELIVERY + sending + reading, tables })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataplane::nft::TableFamily;
+
+    fn table() -> Message {
+        let id = TableId { family: TableFamily::Ip, name: "t".into() };
+        Message::In(id, Change::NewTable { dormant: false })
+    }
+
+    fn at(generation: u32) -> Follow {
+        Follow::from_dump(Ruleset::default(), generation)
+    }
+
+    const T: [BootNs; 4] = [BootNs(1_000), BootNs(2_000), BootNs(3_000), BootNs(4_000)];
+
+    #[test]
+    fn nothing_is_applied_before_the_commits_number_is_seen() {
+        let mut follow = at(7);
+        assert_eq!(follow.step(table(), T[0], T[0]), Step::Nothing);
+        assert_eq!(follow.ruleset().tables().count(), 0);
+        assert!(matches!(follow.step(Message::Generation(8), T[0], T[1]), Step::Commit(_)));
+        assert_eq!(follow.ruleset().tables().count(), 1);
+    }
+
+    #[test]
+    fn a_commit_is_known_by_its_first_message_and_a_late_reading_is_uncertain() {
+        let mut follow = at(7);
+        follow.step(table(), T[0], T[1]);
+        follow.step(table(), T[0], T[2]);
+        let Step::Commit(commit) = follow.step(Message::Generation(8), T[0], T[3]) else {
+            panic!("a commit")
+        };
+        assert_eq!(commit.at, T[1]);
+        assert_eq!(commit.uncertainty, DELIVERY + Duration::from_nanos(1_000 + 2_000));
+    }
+
+    #[test]
+    fn what_the_dump_already_showed_is_passed_over() {
+        let mut follow = at(7);
+        follow.step(table(), T[0], T[0]);
+        assert_eq!(follow.step(Message::Generation(7), T[0], T[0]), Step::Nothing);
+        assert_eq!(follow.ruleset().tables().count(), 0);
+        assert_eq!(follow.generation(), 7);
+    }
+
+    #[test]
+    fn a_missing_commit_is_a_loss_and_the_number_wraps_past_zero() {
+        assert_eq!(at(7).step(Message::Generation(9), T[0], T[0]), Step::Lost);
+        let wrapped = at(u32::MAX).step(Message::Generation(1), T[0], T[0]);
+        assert!(matches!(wrapped, Step::Commit(_)));
+    }
+
+    #[test]
+    fn a_message_about_an_unknown_table_is_a_loss() {
+        let mut follow = at(7);
+        let id = TableId { family: TableFamily::Ip, name: "unknown".into() };
+        follow.step(Message::In(id, Change::DeleteChain { chain: "c".into() }), T[0], T[0]);
+        assert_eq!(follow.step(Message::Generation(8), T[0], T[0]), Step::Lost);
+    }
+}
