@@ -1,11 +1,9 @@
 //! Follows the rules: sockets and the clock in, updates out.
 //!
-//! The netlink socket is drained before every sleep, and the moment when it was last empty is
-//! kept: whatever waits there later arrived after that, which bounds a late reading and is where
-//! a loss began.
+//! Whatever is reported carries the span it happened in: for a commit that was heard, from its
+//! arrival; after a loss, from the last moment when nothing was waiting to be read.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +16,7 @@ use tracing::{debug, warn};
 use super::backends::{Backends, Origin};
 use super::legacy::Reader;
 use super::nft::follow::{Follow, Step};
-use super::nft::{Dumper, Fault, Message, Received, Subscription, TableId, read_datagram};
+use super::nft::{Arrival, Dumper, Fault, Message, Subscription, TableId, read_datagram};
 use super::reach::{self, Reached};
 use super::rules::Family;
 use super::{Counters, Dataplane, LegacySignal, Settings, Status, Update};
@@ -57,8 +55,6 @@ pub(super) struct Follower {
     legacy: Legacy,
     backends: Backends,
     status: Option<Status>,
-    /// The last moment when no message was waiting: until then nothing was missed.
-    empty_at: BootNs,
     updates: Sender<Update>,
 }
 
@@ -82,7 +78,6 @@ impl Follower {
             legacy,
             backends: Backends::default(),
             status: None,
-            empty_at: clock::now(),
             updates,
         };
         follower.nft = follower.dump().await?;
@@ -97,37 +92,27 @@ impl Follower {
         Ok(follower)
     }
 
-    /// Sleeps until messages may be waiting.
-    pub(super) async fn wait(&self) -> io::Result<()> {
-        self.subscription.wait().await
+    /// The next netlink datagram.
+    pub(super) async fn next(&mut self) -> anyhow::Result<Arrival> {
+        self.subscription.next().await.context("read netfilter messages")
     }
 
-    /// Reads what is waiting. `woken_at` is when a sleep on an empty socket ended: what waits
-    /// arrived then. Otherwise it arrived at any time since the socket was last empty.
-    pub(super) async fn drain(&mut self, woken_at: Option<BootNs>) -> anyhow::Result<()> {
-        let complete_until = self.empty_at;
-        let mut earliest = woken_at.unwrap_or(complete_until);
-        loop {
-            let lost = match self.subscription.receive().context("read netfilter messages")? {
-                Received::Empty => {
-                    self.empty_at = clock::now();
-                    return Ok(());
-                }
-                Received::Datagram(datagram) => {
-                    let messages = read_datagram(datagram, &self.counters);
-                    let read_at = clock::now();
-                    self.step(messages, earliest, read_at).await
-                }
-                Received::Overrun => {
-                    self.counters.overruns.increase();
-                    true
-                }
-            };
-            if lost {
-                self.resync(complete_until).await?;
-                earliest = complete_until;
+    /// Takes what arrived into the model; reads everything anew when something was lost.
+    pub(super) async fn take(&mut self, arrival: Arrival) -> anyhow::Result<()> {
+        let lost = match &arrival.datagram {
+            Some(datagram) => {
+                let messages = read_datagram(datagram, &self.counters);
+                self.step(messages, arrival.earliest, arrival.read_at).await
             }
+            None => {
+                self.counters.overruns.increase();
+                true
+            }
+        };
+        if lost {
+            self.resync(arrival.complete_until).await?;
         }
+        Ok(())
     }
 
     /// Takes the messages of one datagram; true when they show that others were missed.

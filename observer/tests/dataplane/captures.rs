@@ -4,12 +4,11 @@
 use std::collections::BTreeSet;
 
 use super::namespace::{
-    STATES, captured, dump, expected, feed, in_namespace, nft, reached, runtime, shown,
+    STATES, captured, dump, expected, feed, in_namespace, next, nft, reached, shown,
 };
-use observer::clock;
 use observer::dataplane::legacy::{Reader, legacy_tables_in_use};
 use observer::dataplane::nft::follow::{Follow, Step};
-use observer::dataplane::nft::{Received, Subscription, read_datagram};
+use observer::dataplane::nft::{Subscription, read_datagram};
 use observer::dataplane::{Counters, Family, reach};
 
 const API: &str = "default/kubernetes:https Tcp 10.99.0.1 6443";
@@ -39,8 +38,6 @@ impl Recording {
     /// fresh dump.
     fn replay(self, load: fn(&str)) {
         in_namespace(move || {
-            let runtime = runtime();
-            let _inside = runtime.enter();
             let counters = Counters::default();
             let mut subscription = Subscription::open(16 << 20).expect("subscribe");
             let mut follow = dump(&counters);
@@ -49,9 +46,8 @@ impl Recording {
                 let rules = captured(&format!("{}/{name}.{extension}", self.folder));
                 for _rewrite in 0..2 {
                     load(&rules);
-                    catch_up(&mut subscription, &mut follow, &counters);
                     let fresh = dump(&counters);
-                    assert_eq!(follow.generation(), fresh.generation(), "{name}");
+                    catch_up(&mut subscription, &mut follow, &counters, fresh.generation());
                     assert_eq!(follow.ruleset(), fresh.ruleset(), "{name}");
                     assert_eq!(reached(&follow), self.backends(state), "{} {name}", self.folder);
                 }
@@ -62,16 +58,18 @@ impl Recording {
     }
 }
 
-fn catch_up(subscription: &mut Subscription, follow: &mut Follow, counters: &Counters) {
-    loop {
-        let messages = match subscription.receive().expect("read notifications") {
-            Received::Empty => return,
-            Received::Overrun => panic!("the receive buffer is large enough"),
-            Received::Datagram(datagram) => read_datagram(datagram, counters),
-        };
-        let now = clock::now();
-        for message in messages {
-            assert_ne!(follow.step(message, now, now), Step::Lost);
+/// Follows the notifications up to `generation`.
+fn catch_up(
+    subscription: &mut Subscription,
+    follow: &mut Follow,
+    counters: &Counters,
+    generation: u32,
+) {
+    while follow.generation() != generation {
+        let arrival = next(subscription);
+        let datagram = arrival.datagram.expect("the receive buffer is large enough");
+        for message in read_datagram(&datagram, counters) {
+            assert_ne!(follow.step(message, arrival.earliest, arrival.read_at), Step::Lost);
         }
     }
 }

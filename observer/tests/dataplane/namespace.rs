@@ -7,8 +7,8 @@ use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
 use observer::dataplane::Counters;
-use observer::dataplane::nft::Dumper;
 use observer::dataplane::nft::follow::Follow;
+use observer::dataplane::nft::{Arrival, Dumper, Subscription};
 use observer::facts::Backend;
 
 /// Runs `test` on a thread of its own in a new network namespace, which goes with the thread.
@@ -95,6 +95,11 @@ pub(crate) fn expected(pods: &[u8], constant: &[&str]) -> BTreeSet<String> {
     };
     let constant = constant.iter().map(|&backend| backend.to_owned());
     pods.iter().flat_map(of_pod).chain(constant).collect()
+}
+
+/// The next netlink datagram.
+pub(crate) fn next(subscription: &mut Subscription) -> Arrival {
+    runtime().block_on(subscription.next()).expect("read notifications")
 }
 
 /// All rules of this namespace.

@@ -8,8 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::Context as _;
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, SockFlag, send, setsockopt, sockopt};
-use nix::sys::time::{TimeVal, TimeValLike as _};
+use nix::sys::socket::{MsgFlags, send};
 
 use super::attributes::{Frame, frames};
 use super::follow::Follow;
@@ -58,9 +57,8 @@ pub struct Dumper {
 impl Dumper {
     /// Opens the socket in this thread's network namespace.
     pub fn open() -> anyhow::Result<Self> {
-        let socket = socket::open(SockFlag::empty(), 0)?;
-        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_SECONDS))
-            .context("limit the wait for netlink answers")?;
+        let socket = socket::open(0)?;
+        socket::limit_wait(&socket, ANSWER_SECONDS)?;
         Ok(Self { socket, buffer: socket::buffer(), sequence: 0 })
     }
 
@@ -115,7 +113,8 @@ impl Dumper {
         send(self.socket.as_raw_fd(), &request, MsgFlags::empty())
             .context("ask the kernel for its nf_tables rules")?;
         loop {
-            let datagram = match socket::receive(&self.socket, &mut self.buffer) {
+            let datagram = match socket::receive(&self.socket, &mut self.buffer, MsgFlags::empty())
+            {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 datagram => datagram.context("read the kernel's nf_tables rules")?,
             };

@@ -11,7 +11,7 @@ mod socket;
 pub use dump::{Dumper, Fault};
 pub use messages::{Message, TableFamily, TableId};
 pub use ruleset::Ruleset;
-pub use socket::{Received, Subscription};
+pub use socket::{Arrival, Subscription};
 
 use attributes::frames;
 use messages::{Passed, decode};
