@@ -6,6 +6,7 @@
 pub mod clock;
 pub mod facts;
 
+pub mod dataplane;
 pub mod kernel;
 
 pub mod correlate;
