@@ -5,7 +5,9 @@
 
 pub mod clock;
 pub mod facts;
+pub mod readiness;
 
+pub mod cluster;
 pub mod dataplane;
 pub mod kernel;
 
