@@ -12,3 +12,12 @@ pub mod dataplane;
 pub mod kernel;
 
 pub mod correlate;
+
+pub mod metrics;
+pub mod recommend;
+
+pub mod api;
+pub mod report;
+
+#[cfg(test)]
+mod sample;
