@@ -19,5 +19,9 @@ pub mod recommend;
 pub mod api;
 pub mod report;
 
+pub mod agent;
+pub mod cli;
+pub mod logging;
+
 #[cfg(test)]
 mod sample;
