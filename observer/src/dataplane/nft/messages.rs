@@ -217,13 +217,17 @@ fn delete_set(body: &[u8]) -> Result<Change, Malformed> {
 /// `NFTA_SET_ELEM_LIST_SET` 2, `_ELEMENTS` 3.
 fn new_elements(body: &[u8]) -> Result<Change, Malformed> {
     let [_, _, set, list] = fields::<4>(body)?;
-    let elements = attributes(list.unwrap_or_default()).map(|item| element(item?.1)).collect::<Result<_, _>>()?;
+    let elements = attributes(list.unwrap_or_default())
+        .map(|item| element(item?.1))
+        .collect::<Result<_, _>>()?;
     Ok(Change::NewElements { set: name(set)?.into(), elements })
 }
 
 fn delete_elements(body: &[u8]) -> Result<Change, Malformed> {
     let [_, _, set, list] = fields::<4>(body)?;
-    let keys = attributes(list.unwrap_or_default()).map(|item| element_key(item?.1)).collect::<Result<_, _>>()?;
+    let keys = attributes(list.unwrap_or_default())
+        .map(|item| element_key(item?.1))
+        .collect::<Result<_, _>>()?;
     Ok(Change::DeleteElements { set: name(set)?.into(), keys })
 }
 
