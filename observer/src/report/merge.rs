@@ -5,12 +5,11 @@
 //! that no node's view censors, is a sample; the others are counted as censored.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::api::terminations::{
-    API_VERSION, Instant, Source, State, Termination, Terminations, Workload,
-};
+use crate::api::terminations::{API_VERSION, Instant, State, Termination, Terminations, Workload};
 use crate::recommend::{Evidence, Recommendation, recommend};
 
 /// What one agent answered.
@@ -94,11 +93,13 @@ struct Sample<'a> {
 #[must_use]
 pub fn merge(answers: &[NodeAnswer], margin_seconds: f64) -> Report {
     let by_pod = by_pod(answers);
-    let mut by_workload: BTreeMap<(&str, Option<&Workload>), Vec<&Views<'_>>> = BTreeMap::new();
+    let mut by_workload: BTreeMap<(&str, &Workload), Vec<&Views<'_>>> = BTreeMap::new();
+    let mut unattributed_terminations = 0;
     for views in by_pod.values() {
-        if let Some((_, home)) = views.home {
-            let key = (home.pod.namespace.as_str(), home.workload.as_ref());
-            by_workload.entry(key).or_default().push(views);
+        let home = views.home.map(|(_, home)| home);
+        match home.and_then(|home| Some((home.pod.namespace.as_str(), home.workload.as_ref()?))) {
+            Some(workload) => by_workload.entry(workload).or_default().push(views),
+            None => unattributed_terminations += 1,
         }
     }
     Report {
@@ -106,11 +107,11 @@ pub fn merge(answers: &[NodeAnswer], margin_seconds: f64) -> Report {
         nodes: answers.iter().map(node_line).collect(),
         workloads: by_workload
             .into_iter()
-            .filter_map(|((namespace, workload), views)| {
-                Some(workload_line(namespace, workload?, &views, margin_seconds))
+            .map(|((namespace, workload), views)| {
+                workload_line(namespace, workload, &views, margin_seconds)
             })
             .collect(),
-        unattributed_terminations: by_pod.values().filter(|views| views.home.is_none()).count(),
+        unattributed_terminations,
     }
 }
 
@@ -197,11 +198,12 @@ fn sample<'a>(views: &Views<'a>) -> Option<Sample<'a>> {
     }
     let mut gap = home.gap_seconds.map(|seconds| (seconds, home_node));
     for (node, view) in &views.others {
-        if let Some(seconds) = view.gap_seconds {
-            let seconds = seconds + unseen_seconds(home, view)?;
-            if gap.is_none_or(|(largest, _)| seconds > largest) {
-                gap = Some((seconds, node));
-            }
+        if view.instants.backend_removed.is_none() {
+            continue;
+        }
+        let seconds = gap_elsewhere(home, view)?;
+        if gap.is_none_or(|(largest, _)| seconds > largest) {
+            gap = Some((seconds, node));
         }
     }
     let gap_seconds = gap.map(|(seconds, _)| seconds);
@@ -212,17 +214,18 @@ fn sample<'a>(views: &Views<'a>) -> Option<Sample<'a>> {
     Some(Sample { gap, needed_seconds, home })
 }
 
-/// What a view that begins with the EndpointSlice lacks of the gap: the time from the deletion
-/// request to the slice, as the pod's own node saw both. Each part is measured on one clock.
-/// `None` when the pod's own node does not know it.
-fn unseen_seconds(home: &Termination, view: &Termination) -> Option<f64> {
-    if requested(view)?.source != Source::EndpointSliceWatch {
-        return Some(0.0);
-    }
-    let slice = home.instants.endpoint_terminating.as_ref()?;
-    let seconds =
-        |instant: &Instant| std::time::Duration::from_nanos(instant.boot_ns).as_secs_f64();
-    Some(seconds(slice) - seconds(requested(home)?))
+/// The gap of a node other than the pod's, which saw the deletion only as the EndpointSlice's
+/// change: from there to the removal of the backend, plus from the deletion request to the slice as
+/// the pod's own node saw them. Each part is measured on one clock. `None` when a part is unknown.
+fn gap_elsewhere(home: &Termination, view: &Termination) -> Option<f64> {
+    let slice_at_home = seconds(home.instants.endpoint_terminating.as_ref()?);
+    let slice = seconds(view.instants.endpoint_terminating.as_ref()?);
+    let removed = seconds(view.instants.backend_removed.as_ref()?);
+    Some((slice_at_home - seconds(requested(home)?)) + (removed - slice))
+}
+
+fn seconds(instant: &Instant) -> f64 {
+    Duration::from_nanos(instant.boot_ns).as_secs_f64()
 }
 
 fn requested(termination: &Termination) -> Option<&Instant> {

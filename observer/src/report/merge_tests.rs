@@ -10,21 +10,24 @@ fn at_home() -> Termination {
     Termination::new(&sample::timeline(), true, WallOffset::fixed(0, BootNs(0)))
 }
 
-/// The same termination on another node, whose own boot clock is unrelated.
-fn elsewhere(gap_seconds: f64) -> Termination {
+/// The same termination on another node, which saw the slice change at 1 s of a boot clock of its
+/// own and the backend removed `after_seconds` later.
+fn elsewhere(after_seconds: u64) -> Termination {
     let mut view = at_home();
     view.home = false;
     view.workload = None;
     view.grace_period_seconds = None;
     view.pre_stop_sleep_seconds = None;
+    view.gap_seconds = None;
     view.head_start_seconds = None;
     view.arrival_tail_seconds = None;
     view.drain_seconds = None;
     view.refused = 0;
-    view.gap_seconds = Some(gap_seconds);
-    let requested = view.instants.deletion_requested.as_mut().expect("requested");
-    requested.source = Source::EndpointSliceWatch;
-    requested.boot_ns = 1;
+    view.instants.deletion_requested = None;
+    let slice = view.instants.endpoint_terminating.as_mut().expect("seen");
+    slice.boot_ns = 1_000_000_000;
+    let removed = view.instants.backend_removed.as_mut().expect("removed");
+    removed.boot_ns = (1 + after_seconds) * 1_000_000_000;
     view
 }
 
@@ -71,8 +74,8 @@ fn one_node_gives_its_own_figures() {
 fn the_slowest_node_decides_and_its_gap_starts_at_the_deletion_request() {
     let line = only_line(&[
         node("n1", vec![at_home()]),
-        node("n2", vec![elsewhere(7.0)]),
-        node("n3", vec![elsewhere(0.5)]),
+        node("n2", vec![elsewhere(7)]),
+        node("n3", vec![elsewhere(0)]),
     ]);
     close_to(line.gap_seconds, 7.02);
     close_to(line.shortfall_seconds, 6.02);
@@ -82,10 +85,19 @@ fn the_slowest_node_decides_and_its_gap_starts_at_the_deletion_request() {
 }
 
 #[test]
-fn a_gap_that_starts_at_the_deletion_request_is_taken_as_it_is() {
-    let mut view = elsewhere(7.0);
-    view.instants.deletion_requested.as_mut().expect("requested").source = Source::PodWatch;
-    close_to(only_line(&[node("n1", vec![at_home()]), node("n2", vec![view])]).gap_seconds, 7.0);
+fn a_node_that_never_had_the_backend_adds_nothing() {
+    let mut view = elsewhere(7);
+    view.instants.backend_removed = None;
+    let line = only_line(&[node("n1", vec![at_home()]), node("n2", vec![view])]);
+    assert_eq!((line.slowest_node.as_deref(), line.recommendation.samples), (Some("n1"), 1));
+}
+
+#[test]
+fn a_gap_elsewhere_that_cannot_be_told_is_not_made_up() {
+    let mut view = elsewhere(7);
+    view.instants.endpoint_terminating = None;
+    let line = only_line(&[node("n1", vec![at_home()]), node("n2", vec![view])]);
+    assert_eq!((line.censored, line.recommendation.sleep_seconds), (1, None));
 }
 
 #[test]
@@ -96,7 +108,7 @@ fn an_agent_asked_twice_counts_once() {
 
 #[test]
 fn a_view_censored_anywhere_is_no_sample_but_is_counted() {
-    let mut blind = elsewhere(9.0);
+    let mut blind = elsewhere(9);
     blind.censored = vec!["endpointslice watch was blind".to_owned()];
     let line = only_line(&[
         node("n1", vec![at_home(), another_pod(at_home(), "uid-b")]),
@@ -109,9 +121,8 @@ fn a_view_censored_anywhere_is_no_sample_but_is_counted() {
 
 #[test]
 fn a_view_still_open_elsewhere_may_yet_turn_out_longer() {
-    let mut open = elsewhere(0.0);
+    let mut open = elsewhere(0);
     open.state = State::Open;
-    open.gap_seconds = None;
     let line = only_line(&[node("n1", vec![at_home()]), node("n2", vec![open])]);
     assert_eq!((line.censored, line.recommendation.sleep_seconds), (1, None));
 }
@@ -161,7 +172,7 @@ fn the_newest_pod_tells_the_present_sleep() {
 #[test]
 fn a_silent_agent_is_named_and_its_pods_workloads_are_unknown() {
     let silent = NodeAnswer { url: "http://n1:9464".to_owned(), answer: Err("refused".to_owned()) };
-    let report = merge(&[silent, node("n2", vec![elsewhere(2.0)])], 1.0);
+    let report = merge(&[silent, node("n2", vec![elsewhere(2)])], 1.0);
     assert_eq!((report.workloads.len(), report.unattributed_terminations), (0, 1));
     assert_eq!(report.nodes[0].error.as_deref(), Some("refused"));
     assert_eq!(report.nodes[1].node.as_deref(), Some("n2"));
