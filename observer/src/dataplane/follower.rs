@@ -99,15 +99,12 @@ impl Follower {
 
     /// Takes what arrived into the model; reads everything anew when something was lost.
     pub(super) async fn take(&mut self, arrival: Arrival) -> anyhow::Result<()> {
-        let lost = match &arrival.datagram {
-            Some(datagram) => {
-                let messages = read_datagram(datagram, &self.counters);
-                self.step(messages, arrival.earliest, arrival.read_at).await
-            }
-            None => {
-                self.counters.overruns.increase();
-                true
-            }
+        let lost = if let Some(datagram) = &arrival.datagram {
+            let messages = read_datagram(datagram, &self.counters);
+            self.step(messages, arrival.earliest, arrival.read_at).await
+        } else {
+            self.counters.overruns.increase();
+            true
         };
         if lost {
             self.resync(arrival.complete_until).await?;
@@ -134,7 +131,7 @@ impl Follower {
         false
     }
 
-    /// Reads all nf_tables rules anew: what changed since `from` took effect at some time since.
+    /// Reads all `nf_tables` rules anew: what changed since `from` took effect at some time since.
     async fn resync(&mut self, from: BootNs) -> anyhow::Result<()> {
         warn!("netfilter messages were lost; reading all rules again");
         self.counters.resyncs.increase();
@@ -152,8 +149,8 @@ impl Follower {
         loop {
             let dumper = Dumper::open()?;
             let counters = self.counters.clone();
-            let dumped = spawn_blocking(move || dumper.dump(&counters));
-            match dumped.await.context("read all nf_tables rules")? {
+            let answer = spawn_blocking(move || dumper.dump(&counters));
+            match answer.await.context("read all nf_tables rules")? {
                 Ok(follow) => return Ok(follow),
                 Err(Fault::Absent) => {
                     debug!("this kernel has no nf_tables");

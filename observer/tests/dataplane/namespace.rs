@@ -51,7 +51,7 @@ fn lock() -> std::path::PathBuf {
     std::env::temp_dir().join(format!("observer-xtables-{}.lock", std::process::id()))
 }
 
-/// Makes one commit to the nf_tables rules.
+/// Makes one commit to the `nf_tables` rules.
 pub(crate) fn nft(commands: &str) {
     feed(&["nft", "-f", "-"], commands);
 }

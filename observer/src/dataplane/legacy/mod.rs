@@ -46,6 +46,9 @@ pub struct Reader {
 impl Reader {
     /// Opens a raw socket in this thread's network namespace; `None` when the kernel lacks this
     /// IP version.
+    ///
+    /// # Errors
+    /// Usually that `CAP_NET_RAW` is missing.
     pub fn open(family: Family) -> anyhow::Result<Option<Self>> {
         match sockopt::open(family) {
             Ok(socket) => Ok(Some(Self { family, socket })),
@@ -57,8 +60,10 @@ impl Reader {
     }
 
     /// The table as it is now, reduced; empty when there is none. Must be called in the network
-    /// namespace it was opened in. Blocks for as long as the kernel copies (about 1 ms per 1,000
-    /// rules).
+    /// namespace it was opened in. Blocks for as long as the kernel copies.
+    ///
+    /// # Errors
+    /// When `CAP_NET_ADMIN` is missing, the table cannot be understood, or it changes all the time.
     pub fn read(&self) -> anyhow::Result<Table> {
         if !exists(self.family) {
             return Ok(Table::default());

@@ -151,7 +151,7 @@ mod tests {
             panic!("a commit")
         };
         assert_eq!(commit.at, T[1]);
-        assert_eq!(commit.uncertainty, DELIVERY + Duration::from_nanos(1_000 + 2_000));
+        assert_eq!(commit.uncertainty, DELIVERY + Duration::from_micros(1 + 2));
     }
 
     #[test]
