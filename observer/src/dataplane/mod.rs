@@ -110,7 +110,7 @@ pub struct Status {
 pub enum Update {
     /// Sent once, first: every backend there is at this moment. When each was added is unknown.
     Present {
-        /// When the rules were read.
+        /// When reading the rules began.
         at: BootNs,
         /// Every backend.
         backends: Vec<Backend>,
