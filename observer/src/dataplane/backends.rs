@@ -13,7 +13,7 @@ use crate::facts::{Backend, BackendStep};
 /// Where rules are read from.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Origin {
-    /// A table of nf_tables.
+    /// A table of `nf_tables`.
     Nft(TableId),
     /// The legacy nat table of an IP version.
     Legacy(Family),
@@ -89,7 +89,7 @@ impl Backends {
         self.origins.values().map(|reached| reached.unresolved).sum()
     }
 
-    /// The nf_tables tables among its origins.
+    /// The `nf_tables` tables among its origins.
     pub fn tables(&self) -> impl Iterator<Item = &TableId> {
         self.origins.keys().filter_map(|origin| match origin {
             Origin::Nft(table) => Some(table),

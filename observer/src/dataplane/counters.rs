@@ -25,7 +25,7 @@ impl Counter {
 /// All counters of the dataplane, since the observer started.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Commits of nf_tables and of legacy tables, whether or not they changed a backend.
+    /// Commits of `nf_tables` and of legacy tables, whether or not they changed a backend.
     pub commits: Counter,
     /// Netlink messages and legacy tables that are not what the kernel writes.
     pub malformed: Counter,

@@ -1,6 +1,6 @@
 //! The node's rules: which backends new connections are sent to, and since when not.
 //!
-//! Reads nf_tables (kube-proxy's nftables mode, iptables-nft) by netlink and iptables-legacy by
+//! Reads `nf_tables` (kube-proxy's nftables mode, iptables-nft) by netlink and iptables-legacy by
 //! getsockopt, both into the same small rule types, walks those from where new connections enter,
 //! and reports the difference after each commit. Everything but [`run`] and the two readers is
 //! pure. Belongs to one network namespace, the node's. Refuses to guess: what could not be seen
@@ -76,7 +76,7 @@ pub enum LegacySignal {
 pub enum Dataplane {
     /// kube-proxy in nftables mode.
     Nftables,
-    /// kube-proxy in iptables mode over nf_tables.
+    /// kube-proxy in iptables mode over `nf_tables`.
     IptablesNft,
     /// kube-proxy in iptables mode over the legacy tables.
     IptablesLegacy,
@@ -110,7 +110,7 @@ pub struct Status {
 pub enum Update {
     /// Sent once, first: every backend there is at this moment. When each was added is unknown.
     Present {
-        /// When the rules were read.
+        /// When reading the rules began.
         at: BootNs,
         /// Every backend.
         backends: Vec<Backend>,

@@ -1,6 +1,6 @@
 //! The node's rules, reduced to what decides where a new connection may be sent.
 //!
-//! Both netfilter front ends decode into these types: nf_tables messages and the legacy nat table.
+//! Both netfilter front ends decode into these types: `nf_tables` messages and the legacy nat table.
 //! Matches on addresses, marks, probabilities and the order of rules are left out on purpose: a
 //! backend is whatever *some* packet can be sent to, and kube-proxy never shadows one rule by
 //! another. A rule that sends nowhere and goes nowhere reduces to no effects.

@@ -1,5 +1,5 @@
 //! The few xtables matches and targets that decide where a connection goes, as the kernel's own
-//! structs: inside nf_tables expressions (iptables-nft) and inside the legacy table.
+//! structs: inside `nf_tables` expressions (iptables-nft) and inside the legacy table.
 //!
 //! Numbers here are in the machine's byte order except addresses and ports. iptables 1.8.9 writes
 //! DNAT as revision 2 for both address families and `comment` as revision 0.
@@ -29,7 +29,7 @@ pub(super) fn add_match(rule: &mut Rule, name: &[u8], info: &[u8]) {
         b"udp" => rule.protocol = Some(Protocol::Udp),
         b"sctp" => rule.protocol = Some(Protocol::Sctp),
         b"comment" => {
-            rule.service = std::str::from_utf8(text(info)).ok().and_then(names::of_comment)
+            rule.service = std::str::from_utf8(text(info)).ok().and_then(names::of_comment);
         }
         _ => {}
     }

@@ -102,7 +102,7 @@ fn iptables_legacy_states_have_the_recorded_backends() {
         let recording = Recording { folder: "iptables-legacy", pods, constant: &[API] };
         let reader = Reader::open(Family::V4).expect("open").expect("IPv4");
         let read = || {
-            let reached = reach::walk(&reader.read().expect("read the legacy nat table"));
+            let reached = reach::walk(&reader.read().expect("read the legacy nat table").table);
             assert_eq!(reached.unresolved, 0);
             shown(&reached.backends)
         };

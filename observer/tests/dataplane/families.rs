@@ -58,11 +58,11 @@ fn ip6tables_legacy_backends_are_read() {
         let reader = Reader::open(Family::V6).expect("open").expect("IPv6");
         for rules in [IP6TABLES, &without_endpoint_comments()] {
             feed(&["ip6tables-legacy-restore"], rules);
-            let table = reader.read().expect("read the legacy nat table");
+            let table = reader.read().expect("read the legacy nat table").table;
             assert_eq!(shown(&reach::walk(&table).backends), web());
         }
         let v4 = Reader::open(Family::V4).expect("open").expect("IPv4");
-        assert!(v4.read().expect("no IPv4 table").chains.is_empty());
+        assert!(v4.read().expect("no IPv4 table").table.chains.is_empty());
     });
 }
 

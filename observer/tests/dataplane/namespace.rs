@@ -30,9 +30,11 @@ pub(crate) fn runtime() -> tokio::runtime::Runtime {
 /// Feeds `input` to a tool in this thread's namespace; it has to succeed.
 pub(crate) fn feed(command: &[&str], input: &str) {
     let (program, arguments) = command.split_first().expect("a program");
+    // The machine's own lock is not this namespace's business.
+    let lock = tempfile::NamedTempFile::new().expect("a file to lock");
     let mut child = Command::new(program)
         .args(arguments)
-        .env("XTABLES_LOCKFILE", lock())
+        .env("XTABLES_LOCKFILE", lock.path())
         .stdin(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -46,12 +48,7 @@ pub(crate) fn feed(command: &[&str], input: &str) {
     );
 }
 
-/// The machine's own lock is not this namespace's business.
-fn lock() -> std::path::PathBuf {
-    std::env::temp_dir().join(format!("observer-xtables-{}.lock", std::process::id()))
-}
-
-/// Makes one commit to the nf_tables rules.
+/// Makes one commit to the `nf_tables` rules.
 pub(crate) fn nft(commands: &str) {
     feed(&["nft", "-f", "-"], commands);
 }

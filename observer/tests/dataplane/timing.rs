@@ -17,8 +17,8 @@ use super::namespace::{in_namespace, nft, runtime};
 
 const COMMITS: u32 = 200;
 /// `NFNL_SUBSYS_NFTABLES`, with `NFT_MSG_NEWSETELEM` and `NFT_MSG_DELSETELEM`
-const ADD: u16 = 10 << 8 | 12;
-const DELETE: u16 = 10 << 8 | 14;
+const ADD: u16 = 0x0a0c;
+const DELETE: u16 = 0x0a0e;
 
 fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
     let length = u16::try_from(value.len() + 4).expect("a small attribute");
@@ -65,6 +65,7 @@ fn nanos(from: BootNs, until: BootNs) -> i64 {
 }
 
 #[test]
+#[expect(clippy::print_stdout, reason = "the figures are for a person")]
 fn a_commit_lies_within_the_uncertainty_stated() {
     in_namespace(|| {
         nft("table ip t {
@@ -99,9 +100,8 @@ fn a_commit_lies_within_the_uncertainty_stated() {
             recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty()).expect("an answer");
             assert_eq!(answer[16..20], [0; 4], "the kernel took the transaction");
             let change = loop {
-                match updates.blocking_recv().expect("it still runs") {
-                    Update::Change(change) => break change,
-                    _ => continue,
+                if let Update::Change(change) = updates.blocking_recv().expect("it still runs") {
+                    break change;
                 }
             };
             assert_eq!(change.step, step);

@@ -66,6 +66,9 @@ enum Target {
 }
 
 /// Reduces a table: `info` is its `ipt_getinfo`, `entries` its entries.
+///
+/// # Errors
+/// When the bytes are not laid out as the kernel does.
 pub fn parse(family: Family, info: &[u8], entries: &[u8]) -> Result<Table, Malformed> {
     let layout = layout(family);
     let word = |at: usize| info.get(at..).and_then(|at| at.first_chunk()).ok_or(Malformed);
@@ -138,11 +141,11 @@ fn entry(family: Family, layout: &Layout, bytes: &[u8]) -> Option<(Rule, Target,
         rule.protocol = u8::try_from(half(layout.protocol_at)?).ok().and_then(xt::protocol);
     }
     while !matches.is_empty() {
-        let (name, _, info, after) = part(matches)?;
-        xt::add_match(&mut rule, name, info);
+        let (part, after) = part(matches)?;
+        xt::add_match(&mut rule, part.name, part.info);
         matches = after;
     }
-    let (name, revision, info, _) = part(bytes.get(target_at..)?)?;
+    let (Part { name, revision, info }, _) = part(bytes.get(target_at..)?)?;
     let target = match name {
         b"ERROR" => Target::ChainHeader(std::str::from_utf8(xt::text(info)).ok()?.into()),
         b"" => match i32::from_ne_bytes(*info.first_chunk()?) {
@@ -157,12 +160,19 @@ fn entry(family: Family, layout: &Layout, bytes: &[u8]) -> Option<(Rule, Target,
     Some((rule, target, length))
 }
 
-/// One match or target: name, revision, its own data, and what follows.
-fn part(bytes: &[u8]) -> Option<(&[u8], u8, &[u8], &[u8])> {
+/// A match or target.
+struct Part<'d> {
+    name: &'d [u8],
+    revision: u8,
+    info: &'d [u8],
+}
+
+/// The match or target that `bytes` start with, and what follows.
+fn part(bytes: &[u8]) -> Option<(Part<'_>, &[u8])> {
     let (part, after) = bytes.split_at_checked(usize::from(half(bytes, 0)?))?;
     let (header, info) = part.split_at_checked(PART_HEADER_BYTES)?;
     let name = xt::text(&header[2..2 + PART_NAME_BYTES]);
-    Some((name, header[PART_HEADER_BYTES - 1], info, after))
+    Some((Part { name, revision: header[PART_HEADER_BYTES - 1], info }, after))
 }
 
 fn half(bytes: &[u8], at: usize) -> Option<u16> {

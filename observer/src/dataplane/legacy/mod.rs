@@ -36,6 +36,15 @@ fn exists(family: Family) -> bool {
     fs::read_to_string(path).is_ok_and(|names| names.lines().any(|name| name == "nat"))
 }
 
+/// A legacy nat table as it was at one moment.
+#[derive(Debug, Default)]
+pub struct Reading {
+    /// The table, reduced; empty when there is none.
+    pub table: Table,
+    /// Its size in the kernel, in bytes.
+    pub size_bytes: usize,
+}
+
 /// Reads the legacy nat table of one IP version.
 #[derive(Debug)]
 pub struct Reader {
@@ -46,6 +55,9 @@ pub struct Reader {
 impl Reader {
     /// Opens a raw socket in this thread's network namespace; `None` when the kernel lacks this
     /// IP version.
+    ///
+    /// # Errors
+    /// Usually that `CAP_NET_RAW` is missing.
     pub fn open(family: Family) -> anyhow::Result<Option<Self>> {
         match sockopt::open(family) {
             Ok(socket) => Ok(Some(Self { family, socket })),
@@ -56,19 +68,22 @@ impl Reader {
         }
     }
 
-    /// The table as it is now, reduced; empty when there is none. Must be called in the network
-    /// namespace it was opened in. Blocks for as long as the kernel copies (about 1 ms per 1,000
-    /// rules).
-    pub fn read(&self) -> anyhow::Result<Table> {
+    /// The table as it is now. Must be called in the network
+    /// namespace it was opened in. Blocks for as long as the kernel copies.
+    ///
+    /// # Errors
+    /// When `CAP_NET_ADMIN` is missing, the table cannot be understood, or it changes all the time.
+    pub fn read(&self) -> anyhow::Result<Reading> {
         if !exists(self.family) {
-            return Ok(Table::default());
+            return Ok(Reading::default());
         }
         for _ in 0..ATTEMPTS {
             match sockopt::nat_table(&self.socket, self.family) {
                 Ok((info, entries)) => {
-                    return parse(self.family, &info, &entries)
+                    let table = parse(self.family, &info, &entries)
                         .ok()
-                        .context("the legacy nat table is not laid out as expected");
+                        .context("the legacy nat table is not laid out as expected")?;
+                    return Ok(Reading { table, size_bytes: entries.len() });
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => {

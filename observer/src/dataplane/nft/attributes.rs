@@ -30,18 +30,31 @@ pub(super) struct Frame<'d> {
 
 /// The messages of a datagram; the first malformed one ends it.
 pub(super) fn frames(datagram: &[u8]) -> impl Iterator<Item = Result<Frame<'_>, Malformed>> {
-    let mut rest = Ok(datagram);
+    split_all(datagram, split_frame)
+}
+
+/// One attribute: its type and value.
+type Attribute<'d> = (u16, &'d [u8]);
+
+/// The attributes in `bytes`; the first malformed one ends it.
+pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = Result<Attribute<'_>, Malformed>> {
+    split_all(bytes, split_attribute)
+}
+
+fn split_all<'d, T>(
+    mut rest: &'d [u8],
+    split: impl Fn(&'d [u8]) -> Option<(T, &'d [u8])>,
+) -> impl Iterator<Item = Result<T, Malformed>> {
     std::iter::from_fn(move || {
-        let (frame, after) = match rest {
-            Ok([]) => return None,
-            Ok(bytes) => split_frame(bytes).ok_or(Malformed).map_or_else(
-                |malformed| (Err(malformed), Err(())),
-                |(frame, after)| (Ok(frame), Ok(after)),
-            ),
-            Err(()) => return None,
+        if rest.is_empty() {
+            return None;
+        }
+        let Some((first, after)) = split(rest) else {
+            rest = &[];
+            return Some(Err(Malformed));
         };
         rest = after;
-        Some(frame)
+        Some(Ok(first))
     })
 }
 
@@ -54,23 +67,7 @@ fn split_frame(bytes: &[u8]) -> Option<(Frame<'_>, &[u8])> {
     Some((frame, bytes.get(length.next_multiple_of(4)..).unwrap_or_default()))
 }
 
-/// The attributes in `bytes` as type and value; the first malformed one ends it.
-pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = Result<(u16, &[u8]), Malformed>> {
-    let mut rest = bytes;
-    std::iter::from_fn(move || {
-        if rest.is_empty() {
-            return None;
-        }
-        let Some((attribute, after)) = split_attribute(rest) else {
-            rest = &[];
-            return Some(Err(Malformed));
-        };
-        rest = after;
-        Some(Ok(attribute))
-    })
-}
-
-fn split_attribute(bytes: &[u8]) -> Option<((u16, &[u8]), &[u8])> {
+fn split_attribute(bytes: &[u8]) -> Option<(Attribute<'_>, &[u8])> {
     let length = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
     let kind = u16::from_ne_bytes(*bytes.get(2..)?.first_chunk()?) & ATTRIBUTE_TYPE_MASK;
     let value = bytes.get(ATTRIBUTE_HEADER_BYTES..length)?;

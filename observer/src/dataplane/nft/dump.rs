@@ -1,6 +1,6 @@
 //! Reads all rules at once: at the start, and whenever notifications were lost.
 //!
-//! A dump is many requests (nf_tables has none for everything), so it is only good if the
+//! A dump is many requests (`nf_tables` has none for everything), so it is only good if the
 //! generation is the same before and after; a commit in between means again.
 
 use std::io;
@@ -34,7 +34,7 @@ const ANSWER_SECONDS: i64 = 5;
 pub enum Fault {
     /// The rules changed while they were read: try again.
     Changed,
-    /// This kernel has no nf_tables.
+    /// This kernel has no `nf_tables`.
     Absent,
     /// Anything else.
     Other(anyhow::Error),
@@ -56,6 +56,9 @@ pub struct Dumper {
 
 impl Dumper {
     /// Opens the socket in this thread's network namespace.
+    ///
+    /// # Errors
+    /// When there is no netfilter netlink.
     pub fn open() -> anyhow::Result<Self> {
         let socket = socket::open(0)?;
         socket::limit_wait(&socket, ANSWER_SECONDS)?;
@@ -63,6 +66,9 @@ impl Dumper {
     }
 
     /// Reads everything, blocking.
+    ///
+    /// # Errors
+    /// [`Fault`] says whether to try again.
     pub fn dump(mut self, counters: &Counters) -> Result<Follow, Fault> {
         let before = self.generation(counters)?;
         let mut ruleset = Ruleset::default();

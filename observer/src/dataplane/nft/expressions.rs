@@ -1,6 +1,6 @@
 //! From a rule's expressions to its effects.
 //!
-//! nf_tables is a small register machine: a rule loads a constant or a map's value into
+//! `nf_tables` is a small register machine: a rule loads a constant or a map's value into
 //! registers, then `nat` reads the address and port from there. The registers are followed
 //! symbolically, in words of 4 bytes. An expression that is not known forgets all registers, so
 //! that a stale value is never taken for a destination, and is counted.

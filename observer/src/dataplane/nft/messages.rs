@@ -1,4 +1,4 @@
-//! nf_tables messages, from dumps and notifications alike, reduced to what the model keeps.
+//! `nf_tables` messages, from dumps and notifications alike, reduced to what the model keeps.
 //!
 //! Attribute numbers are those of `include/uapi/linux/netfilter/nf_tables.h`. Families other than
 //! ip, ip6 and inet have no nat chains for Services and are passed over, as are sets that are not
@@ -217,18 +217,17 @@ fn delete_set(body: &[u8]) -> Result<Change, Malformed> {
 /// `NFTA_SET_ELEM_LIST_SET` 2, `_ELEMENTS` 3.
 fn new_elements(body: &[u8]) -> Result<Change, Malformed> {
     let [_, _, set, list] = fields::<4>(body)?;
-    let elements = attributes(list.unwrap_or_default())
-        .map(|item| element(item?.1))
-        .collect::<Result<_, _>>()?;
-    Ok(Change::NewElements { set: name(set)?.into(), elements })
+    let elements = attributes(list.unwrap_or_default()).map(|item| element(item?.1));
+    Ok(Change::NewElements {
+        set: name(set)?.into(),
+        elements: elements.collect::<Result<_, _>>()?,
+    })
 }
 
 fn delete_elements(body: &[u8]) -> Result<Change, Malformed> {
     let [_, _, set, list] = fields::<4>(body)?;
-    let keys = attributes(list.unwrap_or_default())
-        .map(|item| element_key(item?.1))
-        .collect::<Result<_, _>>()?;
-    Ok(Change::DeleteElements { set: name(set)?.into(), keys })
+    let keys = attributes(list.unwrap_or_default()).map(|item| element_key(item?.1));
+    Ok(Change::DeleteElements { set: name(set)?.into(), keys: keys.collect::<Result<_, _>>()? })
 }
 
 /// `NFTA_SET_ELEM_DATA` 2 (within: `NFTA_DATA_VALUE` 1, `_VERDICT` 2).

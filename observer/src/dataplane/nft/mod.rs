@@ -1,4 +1,4 @@
-//! nf_tables (kube-proxy's nftables mode and iptables-nft): a dump, then notifications.
+//! `nf_tables` (kube-proxy's nftables mode and iptables-nft): a dump, then notifications.
 
 mod attributes;
 mod dump;

@@ -1,4 +1,4 @@
-//! The model of the node's nf_tables rules, kept up to date message by message.
+//! The model of the node's `nf_tables` rules, kept up to date message by message.
 //!
 //! Pure. Messages are applied in the kernel's order; the same types rebuild it from a dump. Tables
 //! are kept whole, chains keep only rules that have effects, sets that are not maps are left out.
@@ -21,6 +21,9 @@ pub struct Ruleset {
 
 impl Ruleset {
     /// Applies one message.
+    ///
+    /// # Errors
+    /// When it is about something the model does not have.
     pub fn apply(&mut self, id: TableId, change: Change) -> Result<(), Unexpected> {
         match change {
             Change::NewTable { dormant } => {
@@ -161,7 +164,7 @@ mod tests {
         /// A rule over a new anonymous map, which takes the lowest name that is free.
         fn write(&mut self, service: u8, endpoints: &BTreeSet<u8>) -> Vec<Change> {
             let taken: BTreeSet<&Name> = self.written.values().map(|(_, name, _)| name).collect();
-            let map: Name = (0..)
+            let map: Name = (0..=u8::MAX)
                 .map(|number| Name::from(format!("__map{number}")))
                 .find(|name| !taken.contains(name))
                 .expect("a free name");

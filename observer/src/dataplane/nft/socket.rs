@@ -86,6 +86,9 @@ pub struct Subscription {
 
 impl Subscription {
     /// Subscribes, with room for `receive_buffer_bytes` of messages that were not read yet.
+    ///
+    /// # Errors
+    /// Usually that `CAP_NET_ADMIN` is missing.
     pub fn open(receive_buffer_bytes: usize) -> anyhow::Result<Self> {
         let socket = open(COMMITS)?;
         setsockopt(&socket, sockopt::RcvBufForce, &receive_buffer_bytes)
