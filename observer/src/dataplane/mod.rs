@@ -7,7 +7,7 @@
 //! becomes a [`Blindness`], what could not be told is counted.
 //!
 //! - [`rules`]: tables, chains, rules and maps, reduced.
-//! - [`nft`], [`legacy`]: read them. [`xt`]: the parts both share. [`names`]: whose they are.
+//! - [`nft`], [`legacy`]: read them. `xt`: the parts both share. `names`: whose they are.
 //! - [`reach`]: walks a table. [`backends`]: the whole set and its changes.
 
 pub mod backends;

@@ -12,7 +12,7 @@ use observer::dataplane::{
 use observer::facts::{Backend, BackendChange, BackendStep, Blindness, BootNs};
 use tokio::sync::mpsc::{self, Receiver, Sender};
 
-use super::namespace::{captured, expected, feed, in_namespace, nft, runtime, shown};
+use super::namespace::{captured, expected, feed, in_namespace, nft, shown};
 
 /// Nothing here takes longer; it ends a wait that would never end.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -128,11 +128,6 @@ fn in_runtime<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static)
     });
 }
 
-/// The follower does not run while the test waits for a tool.
-fn in_busy_runtime<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
-    in_namespace(move || runtime().block_on(test()));
-}
-
 fn nftables(state: &str) -> String {
     captured(&format!("nftables-1.36/{state}.nft"))
 }
@@ -197,14 +192,17 @@ fn small_commits_as_kube_proxy_makes_them_are_followed() {
 
 #[test]
 fn lost_messages_make_a_span_blind_and_the_outcome_uncertain() {
-    in_busy_runtime(async || {
+    in_runtime(async || {
         nft(&nftables("0-before"));
         let (mut running, _) = Running::start(2048).await;
         running.reported().await;
         let from = clock::now();
-        // This thread is busy with the tool, so nobody reads.
-        nft(&format!("delete table ip kube-proxy\n{}", nftables("1-terminating")));
-        nft(&format!("delete table ip kube-proxy\n{}", nftables("5-all-unready")));
+        // Hundreds of datagrams at once, and room for one.
+        let padding = "add rule ip padding c counter\n".repeat(5_000);
+        nft(&format!(
+            "delete table ip kube-proxy\n{}\nadd table ip padding\nadd chain ip padding c\n{padding}",
+            nftables("5-all-unready")
+        ));
         let gone = expected(&[18, 19, 20], &[]);
         let two =
             |update: &Update| matches!(update, Update::Status(status) if status.backends == 2);
