@@ -4,6 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
+use super::clock::seconds_between;
+use super::load::{Attempt, Outcome};
 use super::network::{Addresses, Family};
 
 /// The life of one pod.
@@ -99,6 +101,36 @@ impl Truth {
             }
         }
         latest
+    }
+
+    /// Propagation gap in seconds.
+    #[must_use]
+    pub fn gap_seconds(&self, uid: &str) -> Option<f64> {
+        let requested_ns = self.pods.get(uid)?.deletion_requested_ns?;
+        Some(seconds_between(requested_ns, self.backend_removed_ns(uid)?))
+    }
+
+    /// Head start in seconds.
+    #[must_use]
+    pub fn head_start_seconds(&self, uid: &str) -> Option<f64> {
+        let pod = self.pods.get(uid)?;
+        Some(seconds_between(pod.deletion_requested_ns?, pod.listener_closed_ns?))
+    }
+
+    /// Arrival tail in seconds, 0 when nothing arrived: from the attempts made between a pod's
+    /// deletion and the next one's, so that a refusal can only be this pod's.
+    #[must_use]
+    pub fn arrival_tail_seconds(&self, uid: &str, attempts: &[Attempt]) -> Option<f64> {
+        let pod = self.pods.get(uid)?;
+        let requested_ns = pod.deletion_requested_ns?;
+        let arrived = |attempt: &&Attempt| match &attempt.outcome {
+            Outcome::Served(name) => *name == pod.name,
+            Outcome::Refused | Outcome::Reset | Outcome::NoAnswer => true,
+            Outcome::TimedOut | Outcome::Failed(_) => false,
+        };
+        let later = attempts.iter().filter(|attempt| attempt.started_ns >= requested_ns);
+        let last_ns = later.filter(arrived).map(|attempt| attempt.started_ns).max();
+        Some(last_ns.map_or(0.0, |last_ns| seconds_between(requested_ns, last_ns)))
     }
 
     fn was_backend(&self, address: IpAddr) -> bool {
