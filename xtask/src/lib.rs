@@ -1,3 +1,4 @@
 //! Everything a person runs in this repository, as a library for the binary and its tests.
 
+pub mod demo;
 pub mod lab;
