@@ -184,7 +184,7 @@ fn measure(dataplane: Dataplane, family: Family) -> Result<()> {
     for _ in 0..3 {
         scene.replace_oldest(&plan(0, Some(sleep_seconds)))?;
     }
-    let (_, with_sleep) = scene.under_load(|scene| {
+    let ((), with_sleep) = scene.under_load(|scene| {
         (0..3).try_for_each(|_| scene.replace_oldest(&plan(0, Some(sleep_seconds))).map(drop))
     })?;
     let afterwards = refused(&with_sleep);

@@ -8,7 +8,7 @@
 //! - `kubelet` starts and ends pods
 //! - `cluster`, `objects`, `store`, [`api`] the API server
 //! - `endpoints` the endpoint controller
-//! - `proxy`, [`rules`], `commits` kube-proxy, and the kernel's notices of its commits
+//! - `proxy`, [`rules`] kube-proxy; `commits`, `legacy` when its rules were in force
 //! - [`load`] clients
 //! - [`truth`] what really happened
 //! - [`agent`] the agent under test
@@ -26,6 +26,7 @@ mod container;
 mod endpoints;
 mod kubelet;
 mod leftovers;
+mod legacy;
 pub mod load;
 mod netns;
 pub mod network;

@@ -12,6 +12,7 @@ use super::clock;
 use super::cluster::Cluster;
 use super::command;
 use super::commits::Notices;
+use super::legacy::TableWatch;
 use super::netns::Namespace;
 use super::network::Family;
 use super::rules::{Dataplane, ServicePort, Sync};
@@ -27,6 +28,13 @@ pub(crate) struct Job {
     pub(crate) ports: Vec<ServicePort>,
     /// The Services whose slices changed.
     pub(crate) touched: BTreeSet<String>,
+}
+
+/// When new rules took effect: not yet at `not_before_ns`, and no later than `at_ns`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct InForce {
+    pub(crate) not_before_ns: u64,
+    pub(crate) at_ns: u64,
 }
 
 /// One family's half of kube-proxy.
@@ -72,13 +80,12 @@ impl Proxy {
         stale: &mut BTreeMap<String, u64>,
     ) -> Result<()> {
         self.delete_stale(stale)?;
-        let started_ns = clock::boot_ns();
         let rules = self.dataplane.sync(self.family, sync);
-        let at_ns = self.apply(&rules)?;
+        let InForce { not_before_ns, at_ns } = self.apply(&rules)?;
         // A chain that this sync fills again is not stale any more.
         stale.retain(|chain, _| !rules.contains(chain.as_str()));
         let backends = sync.after.iter().flat_map(|port| port.backends.iter().copied()).collect();
-        let commit = Commit { family: self.family, started_ns, at_ns, backends };
+        let commit = Commit { family: self.family, not_before_ns, at_ns, backends };
         cluster.truth().commits.push(commit);
         let emptied = self.dataplane.stale_chains(sync);
         stale.extend(emptied.into_iter().map(|chain| (chain, at_ns + STALE_NS)));
@@ -99,16 +106,26 @@ impl Proxy {
         Ok(())
     }
 
-    /// Runs the tool; returns when the rules were in force.
-    fn apply(&self, rules: &str) -> Result<u64> {
+    /// Runs the tool.
+    fn apply(&self, rules: &str) -> Result<InForce> {
+        let started_ns = clock::boot_ns();
+        if self.dataplane.announces_commits() {
+            let (pid, exited_ns) = self.run_tool(rules)?;
+            let at_ns = self.notices.wait_for(pid)?.min(exited_ns);
+            return Ok(InForce { not_before_ns: started_ns, at_ns });
+        }
+        let watch = TableWatch::start(&self.node, self.family);
+        let (_, exited_ns) = self.run_tool(rules)?;
+        let by_exit = InForce { not_before_ns: started_ns, at_ns: exited_ns };
+        Ok(watch.finish()?.unwrap_or(by_exit))
+    }
+
+    /// The tool's process id, and when it ended.
+    fn run_tool(&self, rules: &str) -> Result<(u32, u64)> {
         let mut tool = self.dataplane.tool(self.family);
         tool.env("XTABLES_LOCKFILE", &self.xtables_lock);
         let finished = command::run(Some(&self.node), &mut tool, rules)
             .with_context(|| format!("the rules were:\n{rules}"))?;
-        let exited_ns = clock::boot_ns();
-        if !self.dataplane.announces_commits() {
-            return Ok(exited_ns);
-        }
-        Ok(self.notices.wait_for(finished.pid)?.min(exited_ns))
+        Ok((finished.pid, clock::boot_ns()))
     }
 }

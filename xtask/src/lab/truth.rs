@@ -61,10 +61,10 @@ impl PodTruth {
 pub struct Commit {
     /// Whose rules.
     pub family: Family,
-    /// When the tool was started: nothing had changed yet.
-    pub started_ns: u64,
-    /// When the rules were in force: the kernel's own notice where it gives one (nftables and
-    /// iptables-nft), the tool's exit where not (iptables-legacy).
+    /// The old rules were still in force.
+    pub not_before_ns: u64,
+    /// The new rules were in force: stamped by the kernel's notice (nftables and iptables-nft) or
+    /// by the first reading of a table of another size (iptables-legacy).
     pub at_ns: u64,
     /// What new connections could be sent to from then on.
     pub backends: BTreeSet<SocketAddr>,
@@ -157,7 +157,7 @@ mod tests {
         pod.deletion_requested_ns = Some(REQUESTED_NS);
         let commits = commits.iter().map(|&(family, at_ns, listed)| Commit {
             family,
-            started_ns: at_ns,
+            not_before_ns: at_ns,
             at_ns,
             backends: listed.then(|| (addresses.of(family), 8080).into()).into_iter().collect(),
         });
