@@ -34,8 +34,6 @@ fn build() -> Result<(), String> {
     for source in ["observer-ebpf", "observer-common", "Cargo.lock", "Cargo.toml"] {
         println!("cargo::rerun-if-changed={}", root.join(source).display());
     }
-    println!("cargo::rerun-if-changed={DEBIAN_RUSTC}");
-    println!("cargo::rerun-if-changed={DEBIAN_BPF_CORE}");
 
     let path = search_path()?;
     let linker = env::split_paths(&path)
@@ -57,12 +55,12 @@ fn build() -> Result<(), String> {
         .output()
         .map_err(|error| format!("cargo did not start for the kernel programs: {error}"))?;
     let messages = String::from_utf8_lossy(&output.stderr);
-    if !output.status.success() {
-        eprintln!("{messages}");
-        return Err("the kernel programs do not compile: the compiler's words are above".into());
-    }
+    let level = if output.status.success() { "warning" } else { "error" };
     for line in messages.lines() {
-        println!("cargo::warning={line}");
+        println!("cargo::{level}={line}");
+    }
+    if !output.status.success() {
+        return Err("the kernel programs do not compile: the compiler's words are above".into());
     }
     let built = out.join("programs").join(TARGET).join("release/observer-programs");
     fs::copy(&built, out.join("observer-programs"))
@@ -74,6 +72,7 @@ fn build() -> Result<(), String> {
 fn choose() -> Result<Toolchain, String> {
     if Path::new(DEBIAN_BPF_CORE).exists() && Path::new(DEBIAN_RUSTC).exists() {
         println!("kernel programs: compiled by Debian's {DEBIAN_RUSTC}");
+        println!("cargo::rerun-if-changed={DEBIAN_RUSTC}");
         return Ok(Toolchain::Debian);
     }
     let rustc = Command::new("rustup")
