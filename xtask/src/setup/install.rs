@@ -51,7 +51,7 @@ fn apt() -> Command {
 
 fn from_registry(name: &str, version: &str, arguments: &[&str]) -> Result<()> {
     step::titled(
-        &format!("setup: compiling {name} {version}, which takes minutes the first time"),
+        &format!("setup: compiling {name} {version} (minutes, once)"),
         cargo("install")
             .args(["--locked", "--force", "--version", version, name])
             .args(arguments)

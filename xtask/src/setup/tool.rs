@@ -67,7 +67,7 @@ pub(super) static TOOLS: &[Tool] = &[
     Tool {
         name: "LLVM 22",
         proof: Proof::Llvm,
-        source: Source::Packages(&["llvm-22-dev", "libclang-22-dev", "g++"]),
+        source: Source::Packages(&["llvm-22-dev", "libclang-22-dev"]),
         elsewhere: "the LLVM 22 development files, to build bpf-linker with",
         tasks: BUILDING,
     },
