@@ -42,6 +42,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// A failed build; cargo has said why.
 pub(crate) fn observer(profile: Profile) -> Result<()> {
     let mut build = cargo("build");
+    // Not this program too: it runs, and starts copies of itself by its path.
     build.arg("--package=observer");
     if let Profile::Release = profile {
         build.arg("--release");
@@ -49,10 +50,19 @@ pub(crate) fn observer(profile: Profile) -> Result<()> {
     step::shown(&mut build)
 }
 
-/// The cargo that runs this program, in the workspace.
+/// The cargo that runs this program, in the workspace, as if a person had called it.
+///
+/// What `cargo run` tells this program about its own package must not reach the build scripts of
+/// others: ring's reads it, and would be built anew on each change between `cargo build` and this.
 pub(crate) fn cargo(command: &str) -> Command {
     let mut cargo = Command::new(cargo_path());
     cargo.arg(command).current_dir(root());
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            cargo.env_remove(&name);
+        }
+    }
     cargo
 }
 

@@ -97,23 +97,23 @@ fn missing(task: Task, is_present: impl Fn(&Tool) -> bool) -> impl Iterator<Item
         .filter(move |tool| !is_present(tool))
 }
 
+/// Said to whoever is not root.
+const TAKES_ROOT: &str = "this makes network namespaces and loads BPF programs: run it as root";
+
 /// Whether the missing tools may be installed here and the task can run.
 fn plan(task: Task, machine: Machine, missing: &[&Tool]) -> Result<(), Unmet> {
+    let needs_root = task.takes_root() && !machine.root;
     let installable = machine.root && machine.debian_12;
     if !missing.is_empty() && !installable {
-        return Err(Unmet(by_hand(machine, missing)));
+        let root_too = if needs_root { format!("\n{TAKES_ROOT}") } else { String::new() };
+        return Err(Unmet(by_hand(machine, missing) + &root_too));
     }
-    if task.takes_root() && !machine.root {
-        return Err(Unmet(
-            "this makes network namespaces and loads BPF programs: run it as root".into(),
-        ));
-    }
-    Ok(())
+    if needs_root { Err(Unmet(TAKES_ROOT.into())) } else { Ok(()) }
 }
 
 fn by_hand(machine: Machine, missing: &[&Tool]) -> String {
     let heading = if machine.debian_12 {
-        "not root, and these are missing; run this as root, or install them:"
+        "not root, and these are missing; run this as root, or have them installed:"
     } else {
         "only Debian 12 is set up automatically, and these are missing; install them:"
     };
@@ -164,6 +164,7 @@ mod tests {
         let unmet =
             plan(Task::Network, DEBIAN_USER, &all_missing(Task::Network)).expect_err("unmet");
         assert!(unmet.0.starts_with("not root"), "{unmet}");
+        assert!(unmet.0.ends_with(TAKES_ROOT), "{unmet}");
         assert!(
             unmet.0.contains("nft: apt-get install --no-install-recommends nftables"),
             "{unmet}"

@@ -42,10 +42,14 @@ pub(super) fn all(missing: &[&Tool]) -> Result<()> {
     Ok(())
 }
 
+/// Where Debian's package tools look; `su` without `-` leaves the `sbin`s out, and dpkg fails.
+const PACKAGE_TOOLS: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// Waits for another `apt-get` instead of failing, and asks nothing.
 fn apt() -> Command {
     let mut apt = Command::new("apt-get");
-    apt.env("DEBIAN_FRONTEND", "noninteractive").args(["-o", "DPkg::Lock::Timeout=600"]);
+    apt.env("DEBIAN_FRONTEND", "noninteractive").env("PATH", PACKAGE_TOOLS);
+    apt.args(["-o", "DPkg::Lock::Timeout=600"]);
     apt
 }
 
