@@ -3,8 +3,7 @@
 //! Every type is `repr(C)`, fixed width and free of implicit padding, so that both sides see the
 //! same bytes; sizes and offsets are asserted below at compile time. There is no logic here.
 //!
-//! Addresses are always 16 bytes, IPv4 as IPv4-mapped IPv6 (RFC 4291 §2.5.5.2). Ports are in host
-//! order. Times are nanoseconds of `CLOCK_BOOTTIME` (`bpf_ktime_get_boot_ns`, Linux 5.8).
+//! Addresses are [`Ip`]s, IPv4 as IPv4-mapped IPv6 (RFC 4291 §2.5.5.2). Ports are in host order. Times are nanoseconds of `CLOCK_BOOTTIME` (`bpf_ktime_get_boot_ns`, Linux 5.8).
 
 #![no_std]
 
@@ -67,6 +66,44 @@ pub mod outcome {
     pub const REFUSED: u8 = 1;
 }
 
+/// The 16 bytes of an IPv6 address, in network order in memory.
+///
+/// Two words rather than a byte array: the BPF back end turns every copy of a byte array into a
+/// loop.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Ip {
+    /// Bytes 0 to 7.
+    pub first: u64,
+    /// Bytes 8 to 15.
+    pub last: u64,
+}
+
+impl Ip {
+    /// `::ffff:a.b.c.d`, from the four bytes as they lie in memory.
+    #[must_use]
+    #[inline]
+    pub const fn mapped(v4_be: u32) -> Self {
+        let last = 0xffff_0000_0000 | u32::from_be(v4_be) as u64;
+        Self { first: 0, last: last.to_be() }
+    }
+
+    /// From the 16 bytes in network order.
+    #[must_use]
+    pub const fn from_octets(octets: [u8; 16]) -> Self {
+        let whole = u128::from_be_bytes(octets);
+        #[expect(clippy::cast_possible_truncation, reason = "the two halves of the 16 bytes")]
+        Self { first: ((whole >> 64) as u64).to_be(), last: (whole as u64).to_be() }
+    }
+
+    /// The 16 bytes in network order.
+    #[must_use]
+    pub const fn octets(self) -> [u8; 16] {
+        let (first, last) = (u64::from_be(self.first), u64::from_be(self.last));
+        (((first as u128) << 64) | last as u128).to_be_bytes()
+    }
+}
+
 /// One record of the ring buffer.
 ///
 /// `local` is the end the hook ran for: the listener's, the pod's that refused, the caller's
@@ -83,9 +120,9 @@ pub struct Event {
     /// The kernel address of the socket: it joins events of one socket and is never shown.
     pub socket: u64,
     /// Address of the local end.
-    pub local_address: [u8; 16],
+    pub local_address: Ip,
     /// Address of the remote end.
-    pub remote_address: [u8; 16],
+    pub remote_address: Ip,
     /// One of [`signal`].
     pub signal: u32,
     /// What `signal` says it is.
@@ -121,7 +158,7 @@ pub struct SignalCounts {
 #[repr(C)]
 pub struct ArrivalKey {
     /// The pod's address.
-    pub address: [u8; 16],
+    pub address: Ip,
     /// The pod's network namespace, which tells two pods apart that had the same address.
     pub netns_cookie: u64,
     /// The pod's port.
@@ -189,8 +226,6 @@ pub struct Layout {
     pub skb_head: u32,
     /// `sk_buff.network_header`
     pub skb_network_header: u32,
-    /// `sk_buff.transport_header`
-    pub skb_transport_header: u32,
     /// `task_struct.tgid`
     pub task_tgid: u32,
     /// `task_struct.pid`
@@ -215,8 +250,8 @@ pub struct Layout {
     pub regs_arg2: u32,
     /// `SKB_DROP_REASON_NETFILTER_DROP`
     pub reason_netfilter_drop: u32,
-    /// 1 when `oom:mark_victim` passes a task (Linux 6.8), 0 when it passes a pid.
-    pub oom_passes_task: u32,
+    /// `SKB_DROP_REASON_NO_SOCKET`, or absent when `tcp_send_reset` tells instead (Linux 6.10).
+    pub reason_no_socket: u32,
     /// Inode number of the daemon's own network namespace: the node's.
     pub own_netns_inum: u32,
 }
@@ -236,16 +271,18 @@ const _: () = {
     assert!(size_of::<ArrivalKey>() == 32);
     assert!(offset_of!(ArrivalKey, port) == 24);
     assert!(size_of::<ArrivalCount>() == 16);
-    assert!(size_of::<Layout>() == 34 * 4);
+    assert!(size_of::<Layout>() == 33 * 4);
 };
 
 #[cfg(feature = "user")]
 #[expect(unsafe_code, reason = "aya's marker for plain bytes is an unsafe trait")]
 mod user {
-    use super::{ArrivalCount, ArrivalKey, Event, Layout, SignalCounts};
+    use super::{ArrivalCount, ArrivalKey, Event, Ip, Layout, SignalCounts};
 
     // SAFETY: `repr(C)`, integers only, no padding (asserted above).
     unsafe impl aya::Pod for Event {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Ip {}
     // SAFETY: as above.
     unsafe impl aya::Pod for SignalCounts {}
     // SAFETY: as above.
@@ -254,4 +291,19 @@ mod user {
     unsafe impl aya::Pod for ArrivalCount {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Layout {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Ip;
+
+    #[test]
+    fn addresses_keep_their_bytes_in_network_order() {
+        let octets = [0xfd, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+        assert_eq!(Ip::from_octets(octets).octets(), octets);
+        let v4 = u32::from_ne_bytes([198, 51, 100, 7]);
+        let mapped = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 198, 51, 100, 7];
+        assert_eq!(Ip::mapped(v4).octets(), mapped);
+        assert_eq!(Ip::mapped(v4), Ip::from_octets(mapped));
+    }
 }

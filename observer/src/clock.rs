@@ -52,6 +52,21 @@ impl WallOffset {
     }
 }
 
+/// The kernel's own bound on the error of `CLOCK_REALTIME`, in s (`adjtimex(2)`, `maxerror`); 16 s
+/// or more when nothing disciplines the clock, `None` when the kernel does not say.
+#[must_use]
+#[expect(unsafe_code, reason = "no safe wrapper of adjtimex is among the dependencies")]
+pub fn max_error_seconds() -> Option<f64> {
+    // SAFETY: `timex` is plain integers, for which all zeroes is a value; `modes` 0 only reads, and
+    // the kernel writes no more than the struct.
+    let (state, maxerror) = unsafe {
+        let mut timex: nix::libc::timex = std::mem::zeroed();
+        (nix::libc::adjtimex(&raw mut timex), timex.maxerror)
+    };
+    let microseconds = u64::try_from(maxerror).ok().filter(|_| state >= 0)?;
+    Some(Duration::from_micros(microseconds).as_secs_f64())
+}
+
 fn read_ns(clock: ClockId) -> i128 {
     let time = clock_gettime(clock).map(Duration::from).unwrap_or_default();
     i128::try_from(time.as_nanos()).unwrap_or(i128::MAX)

@@ -5,7 +5,7 @@
 //! order and more than once. Nothing here does I/O or reads a clock.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -235,4 +235,125 @@ pub struct Blindness {
     pub until: BootNs,
     /// Which source, for a person: `pod watch`, `ring buffer` …
     pub source: &'static str,
+}
+
+/// What a kernel program saw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Happening {
+    /// A connect from `local` to `remote` failed with this errno (0: kept soft by the kernel).
+    ConnectFailed {
+        /// `sk_err`.
+        errno: u32,
+    },
+    /// A socket began to listen on the local port.
+    ListenerOpened,
+    /// A socket ceased to listen on the local port.
+    ListenerClosed,
+    /// `local` answered a SYN from `remote` with a RST: connection refused.
+    Refused,
+    /// `local` answered another segment with a RST, without a socket.
+    StrayReset,
+    /// A socket sent a RST.
+    ResetSent {
+        /// `enum sk_rst_reason` of the running kernel; 0 when it has none (before Linux 6.10).
+        reason: u32,
+    },
+    /// A socket received a RST.
+    ResetReceived {
+        /// Its TCP state, as in `struct tcp_info`.
+        state: u32,
+    },
+    /// A connecting socket was told of an error.
+    ConnectError {
+        /// `sk_err`.
+        errno: u32,
+    },
+    /// This node answered a packet from `remote` to `local` with ICMP "destination unreachable".
+    IcmpUnreachable {
+        /// The ICMP code.
+        code: u32,
+    },
+    /// Netfilter dropped a TCP segment from `remote` to `local`.
+    NetfilterDrop,
+    /// A signal was sent to the process.
+    Signalled {
+        /// 15 (SIGTERM) or 9 (SIGKILL).
+        number: u32,
+    },
+    /// The process ended.
+    Exited,
+    /// The kernel's out-of-memory killer chose the process.
+    OomKilled,
+    /// A legacy iptables table of this node was replaced.
+    LegacyCommit {
+        /// 4 or 6.
+        family: u32,
+    },
+}
+
+/// One detail from the kernel. Fields that the hook could not know are zero or unspecified.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct KernelEvent {
+    /// When the hook ran.
+    pub at: BootNs,
+    /// What it saw.
+    pub happening: Happening,
+    /// The pod whose cgroup the socket or process is in, if it is in one.
+    pub pod: Option<PodUid>,
+    /// The cgroup v2 id: one container of the pod.
+    pub cgroup_id: u64,
+    /// The network namespace, by the kernel's never reused cookie.
+    pub netns_cookie: u64,
+    /// The end the hook ran for.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// The process, in the root pid namespace.
+    pub pid: u32,
+    /// The kernel's address of the socket: tells sockets apart while they live.
+    pub socket: u64,
+    /// Like events of the same pod that were counted but not reported since the last one.
+    pub suppressed: u32,
+}
+
+/// What became of new connection attempts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Outcome {
+    /// The handshake completed.
+    Accepted,
+    /// A RST answered the SYN.
+    Refused,
+}
+
+/// Where new connections came from, seen from the pod's node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Origin {
+    /// A pod of this node, or the node itself.
+    SameNode,
+    /// Elsewhere in the cluster.
+    Cluster,
+    /// Outside the cluster.
+    External,
+    /// No configured range contains the address.
+    Unclassified,
+}
+
+/// A reading of the kernel's exact counts for one pod address, port, outcome and origin.
+/// Cumulative since the observer started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Arrivals {
+    /// The pod's address.
+    pub address: IpAddr,
+    /// The pod's network namespace.
+    pub netns_cookie: u64,
+    /// The pod's port.
+    pub port: u16,
+    /// What became of them.
+    pub outcome: Outcome,
+    /// Where they came from.
+    pub origin: Origin,
+    /// How many.
+    pub count: u64,
+    /// When the latest happened.
+    pub last: BootNs,
 }

@@ -5,5 +5,23 @@
 
 pub mod clock;
 pub mod facts;
+pub mod readiness;
+
+pub mod cluster;
+pub mod dataplane;
+pub mod kernel;
 
 pub mod correlate;
+
+pub mod metrics;
+pub mod recommend;
+
+pub mod api;
+pub mod report;
+
+pub mod agent;
+pub mod cli;
+pub mod logging;
+
+#[cfg(test)]
+mod sample;

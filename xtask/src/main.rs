@@ -51,9 +51,9 @@ fn main() -> ExitCode {
         Command::Build(args) => build::run(&args),
         Command::Lint => lint::run(),
         Command::Test(args) => test::run(&args),
-        Command::Demo(args) => demo(&args),
+        Command::Demo(args) => demo(args),
         Command::Ci => ci::run(),
-        Command::LabPod(args) => xtask::lab::pod::run(&args),
+        Command::LabPod(args) => xtask::lab::pod::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -64,7 +64,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn demo(args: &xtask::demo::Args) -> anyhow::Result<()> {
+fn demo(args: xtask::demo::Args) -> anyhow::Result<()> {
     setup::run(setup::Task::Network)?;
     build::observer(build::Profile::Dev)?;
     xtask::demo::run(args)

@@ -93,6 +93,31 @@ fn probes_and_prometheus_reach_the_same_port() {
     assert_eq!(annotations["prometheus.io/port"], "9464");
 }
 
+/// Read as text: this crate must build without the agent, whose build needs the BPF compiler.
+#[test]
+fn the_rules_name_only_metrics_and_signals_that_the_agent_exports() {
+    let rules = include_str!("../../deploy/prometheus-rules.yaml");
+    let metrics = include_str!("../../observer/src/metrics.rs");
+    let not_a_name = |c: char| !c.is_ascii_alphanumeric() && c != '_';
+    let expressions = rules.lines().filter(|line| !line.trim_start().starts_with('#'));
+    let names: Vec<&str> = expressions
+        .flat_map(|line| line.split(not_a_name))
+        .filter_map(|word| word.strip_prefix("observer_"))
+        .collect();
+    assert!(names.len() >= 8, "{names:?}");
+    for name in names {
+        assert!(metrics.contains(&format!("\"{name}\"")), "observer_{name} is not exported");
+    }
+    let probes = include_str!("../../observer/src/kernel/probes.rs");
+    let (_, rest) = rules.split_once("signal=~\"").expect("the signals an agent must have");
+    let (signals, _) = rest.split_once('"').expect("their end");
+    for signal in signals.split('|') {
+        let signal = format!("name: \"{signal}\",\n        essential: true");
+        assert!(probes.contains(&signal), "no {signal}");
+    }
+    assert_eq!(probes.matches("essential: true").count(), signals.split('|').count());
+}
+
 #[test]
 fn every_alert_says_what_is_wrong_and_what_to_do() {
     let text = include_str!("../../deploy/prometheus-rules.yaml");

@@ -1,7 +1,260 @@
 //! Facts in any order to one timeline per termination.
 //!
-//! Pure: time is an argument, nothing is read or written.
+//! Pure: time is an argument, nothing is read or written. Facts are joined under the key they come
+//! with, and a timeline is computed from them whenever it is asked for; so neither the order of
+//! facts nor a repeated fact can change it.
 
+mod assemble;
+mod evidence;
+mod pods;
+mod slices;
 mod timeline;
 
-pub use timeline::{Instant, Source, Timeline};
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use self::assemble::{Assembler, Pods};
+use self::evidence::Evidence;
+use self::slices::Slices;
+pub use self::slices::{EndpointKey, EndpointState, EndpointStep};
+pub use self::timeline::{Instant, Removal, Source, TailEnds, Timeline};
+use crate::facts::{
+    Arrivals, BackendChange, Blindness, BootNs, ClusterFact, KernelEvent, Outcome, PodUid, Workload,
+};
+
+/// After the last instant of a termination, late facts are waited for this long before its
+/// timeline is closed: counts are read once a second, and watches may lag.
+const SETTLE: Duration = Duration::from_secs(3);
+
+/// A termination that does not end this long after its grace period is closed as it is.
+const MAX_OPEN: Duration = Duration::from_mins(10);
+
+/// Facts are kept this long: rules may change well before or after our watches tell why.
+const RETENTION: Duration = Duration::from_mins(10);
+
+/// Closed timelines kept for the API; at a kibibyte or two each, some megabytes.
+const MAX_CLOSED: usize = 4_096;
+
+/// A workload of a namespace, as metrics are labelled.
+pub type WorkloadKey = (Arc<str>, Workload);
+
+/// Joins facts and keeps timelines.
+pub struct Correlator {
+    node: Arc<str>,
+    pods: Pods,
+    slices: Slices,
+    evidence: Evidence,
+    closed: VecDeque<Timeline>,
+    /// Refusals of pods whose facts were dropped.
+    retired_refusals: BTreeMap<WorkloadKey, u64>,
+    /// Network namespaces of pods whose facts were dropped. Cookies are never reused.
+    retired_netns: BTreeSet<u64>,
+}
+
+impl Correlator {
+    /// For the agent of `node`.
+    #[must_use]
+    pub fn new(node: &str) -> Self {
+        Self {
+            node: Arc::from(node),
+            pods: Pods::new(),
+            slices: Slices::default(),
+            evidence: Evidence::default(),
+            closed: VecDeque::new(),
+            retired_refusals: BTreeMap::new(),
+            retired_netns: BTreeSet::new(),
+        }
+    }
+
+    /// Takes what the API server's watches deliver. Views of one slice must come in order.
+    pub fn record_cluster(&mut self, fact: ClusterFact) {
+        match fact {
+            ClusterFact::Pod(observed) => {
+                self.pods.entry(observed.uid.clone()).or_default().observe(observed);
+            }
+            ClusterFact::PodRemoved { at, uid } => self.pods.entry(uid).or_default().remove(at),
+            ClusterFact::Slice(observed) => {
+                for step in self.slices.observe(observed) {
+                    self.record_endpoint(step);
+                }
+            }
+            ClusterFact::Blind(blindness) => self.record_blindness(blindness),
+        }
+    }
+
+    /// Takes one endpoint's step.
+    pub fn record_endpoint(&mut self, step: EndpointStep) {
+        self.pods.entry(step.pod.uid.clone()).or_default().step(step);
+    }
+
+    /// Takes a change of the node's backends.
+    pub fn record_backend(&mut self, change: BackendChange) {
+        self.evidence.record_backend(change);
+    }
+
+    /// Takes a kernel event.
+    pub fn record_kernel(&mut self, event: &KernelEvent) {
+        self.evidence.record_event(event);
+    }
+
+    /// Takes a reading of one of the kernel's counts.
+    pub fn record_arrivals(&mut self, arrivals: &Arrivals) {
+        if !self.retired_netns.contains(&arrivals.netns_cookie) {
+            self.evidence.record_arrivals(arrivals);
+        }
+    }
+
+    /// Takes a span during which a source may have missed something.
+    pub fn record_blindness(&mut self, blindness: Blindness) {
+        self.evidence.blind.insert(blindness);
+    }
+
+    /// Every timeline kept, and whether it is closed.
+    #[must_use]
+    pub fn timelines(&self) -> Vec<(Timeline, bool)> {
+        let closed = self.closed.iter().map(|timeline| (timeline.clone(), true));
+        closed.chain(self.open().map(|timeline| (timeline, false))).collect()
+    }
+
+    /// Closes what has ended, drops what is past keeping, and returns the timelines just closed.
+    pub fn advance(&mut self, now: BootNs) -> Vec<Timeline> {
+        let mut ended: Vec<Timeline> = Vec::new();
+        for mut timeline in self.open() {
+            let pod = &self.pods[&timeline.uid];
+            let begun = timeline.first_instant().unwrap_or(now);
+            let overdue = begun.plus(timeline.grace_period.unwrap_or_default()).plus(MAX_OPEN);
+            let complete = is_complete(pod, &timeline);
+            let last = timeline.last_instant().unwrap_or(begun);
+            if complete && now >= last.plus(SETTLE) {
+                ended.push(timeline);
+            } else if now >= overdue {
+                timeline.censored.push("it did not end in time".to_owned());
+                ended.push(timeline);
+            }
+        }
+        for timeline in &ended {
+            if let Some(pod) = self.pods.get_mut(&timeline.uid) {
+                pod.closed = true;
+            }
+            self.closed.push_back(timeline.clone());
+        }
+        self.closed.drain(..self.closed.len().saturating_sub(MAX_CLOSED));
+        self.forget(now.minus(RETENTION));
+        ended
+    }
+
+    /// The addresses of this node's pods, old ones included while their facts are kept.
+    #[must_use]
+    pub fn local_addresses(&self) -> BTreeSet<IpAddr> {
+        let watched = self.pods.values().filter_map(|pod| pod.watched.as_ref());
+        watched.flat_map(|watched| watched.addresses.keys().copied()).collect()
+    }
+
+    /// Connections refused at this node's pods since the observer started, at any time of the
+    /// pod's life, by workload. Never decreases.
+    #[must_use]
+    pub fn refused_by_workload(&self) -> BTreeMap<WorkloadKey, u64> {
+        let mut refused = self.retired_refusals.clone();
+        for (uid, count) in self.refused_by_pod() {
+            if let Some(key) = self.workload(&uid) {
+                *refused.entry(key).or_default() += count;
+            }
+        }
+        refused
+    }
+
+    fn refused_by_pod(&self) -> BTreeMap<PodUid, u64> {
+        let assembler = self.assembler();
+        let mut refused = BTreeMap::new();
+        for (key, count) in &self.evidence.counts {
+            if key.outcome == Outcome::Refused
+                && let Some(uid) = assembler.owner(key.address, key.netns, count.last)
+            {
+                *refused.entry(uid.clone()).or_default() += count.count;
+            }
+        }
+        refused
+    }
+
+    fn workload(&self, uid: &PodUid) -> Option<WorkloadKey> {
+        let pod = self.pods.get(uid)?;
+        Some((pod.names.as_ref()?.0.clone(), pod.watched.as_ref()?.workload.clone()))
+    }
+
+    fn open(&self) -> impl Iterator<Item = Timeline> {
+        let assembler = self.assembler();
+        self.pods
+            .iter()
+            .filter(|(_, pod)| !pod.closed)
+            .filter_map(move |(uid, pod)| assembler.timeline(uid, pod))
+    }
+
+    fn assembler(&self) -> Assembler<'_> {
+        Assembler { node: &self.node, pods: &self.pods, evidence: &self.evidence }
+    }
+
+    fn forget(&mut self, horizon: BootNs) {
+        let stale: BTreeSet<PodUid> = self
+            .pods
+            .iter()
+            .filter(|(_, pod)| is_stale(pod, horizon))
+            .map(|(uid, _)| uid.clone())
+            .collect();
+        if !stale.is_empty() {
+            self.retire(&stale);
+        }
+        self.evidence.forget_before(horizon, &self.pods);
+    }
+
+    /// Drops pods, and moves their refusals to the totals.
+    fn retire(&mut self, stale: &BTreeSet<PodUid>) {
+        for (uid, count) in self.refused_by_pod() {
+            if stale.contains(&uid)
+                && let Some(key) = self.workload(&uid)
+            {
+                *self.retired_refusals.entry(key).or_default() += count;
+            }
+        }
+        let counts = std::mem::take(&mut self.evidence.counts);
+        let assembler = self.assembler();
+        let (kept, dropped): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            counts.into_iter().partition(|(key, count)| {
+                assembler
+                    .owner(key.address, key.netns, count.last)
+                    .is_some_and(|uid| !stale.contains(uid))
+            });
+        self.evidence.counts = kept;
+        self.retired_netns.extend(dropped.keys().map(|key| key.netns));
+        self.pods.retain(|uid, _| !stale.contains(uid));
+    }
+
+    /// Whether the kernel may forget a count: its pod's facts were dropped here, or it has no pod.
+    #[must_use]
+    pub fn is_retired(&self, arrivals: &Arrivals) -> bool {
+        let Arrivals { address, netns_cookie, last, .. } = arrivals;
+        self.retired_netns.contains(netns_cookie)
+            || self.assembler().owner(*address, *netns_cookie, *last).is_none()
+    }
+}
+
+/// Nothing more is expected: the pod is gone, and so are its endpoints and backends.
+fn is_complete(pod: &pods::Pod, timeline: &Timeline) -> bool {
+    let gone = if pod.watched.is_some() { pod.removed.is_some() } else { pod.all_endpoints_gone() };
+    gone && timeline.removals.iter().all(|removal| removal.backend_removed.is_some())
+}
+
+fn is_stale(pod: &pods::Pod, horizon: BootNs) -> bool {
+    let last_step = pod.steps().map(|step| step.0).max();
+    match (&pod.watched, pod.removed) {
+        (Some(_), None) => false,
+        (_, removed) => {
+            let terminating = pod.watched.is_some() || pod.first_terminating().is_some();
+            (pod.closed || !terminating) && removed.max(last_step).is_none_or(|last| last < horizon)
+        }
+    }
+}

@@ -23,8 +23,8 @@ pub enum Source {
 pub struct Instant {
     /// When it was seen. It happened within `[at - uncertainty, at]`.
     pub at: BootNs,
-    /// How much earlier it may have happened.
-    pub uncertainty: Duration,
+    /// How much earlier it may have happened; `None` when nothing bounds it.
+    pub uncertainty: Option<Duration>,
     /// Who says so.
     pub source: Source,
 }
@@ -34,15 +34,16 @@ pub struct Instant {
 pub struct Removal {
     /// The Service port, when the rules name it.
     pub service: Option<ServicePort>,
-    /// The first view of the endpoint as terminating, not ready or gone.
+    /// The first sight of the endpoint as terminating, not ready or gone.
     pub endpoint_terminating: Option<Instant>,
     /// When the rules stopped sending new connections to it; `None` while they still do.
     pub backend_removed: Option<Instant>,
 }
 
-/// New connections at the pod after the deletion request, by where they came from.
+/// The last new connection attempts at the pod after the deletion request, by where they came
+/// from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Arrivals {
+pub struct TailEnds {
     /// The latest from this node.
     pub same_node: Option<BootNs>,
     /// The latest from elsewhere in the cluster.
@@ -53,7 +54,7 @@ pub struct Arrivals {
     pub unclassified: Option<BootNs>,
 }
 
-impl Arrivals {
+impl TailEnds {
     /// The latest from anywhere.
     #[must_use]
     pub fn last(&self) -> Option<BootNs> {
@@ -91,10 +92,10 @@ pub struct Timeline {
     pub backend_removed: Option<Instant>,
     /// SIGTERM to a process of the pod.
     pub sigterm: Option<Instant>,
-    /// The last of its listeners closed.
+    /// Nothing listens any more on one of its Service ports, the first for which this is so.
     pub listener_closed: Option<Instant>,
     /// New connections after the deletion request.
-    pub arrivals: Arrivals,
+    pub arrivals: TailEnds,
     /// Connections refused at the pod after the deletion request.
     pub refused: u64,
     /// The first of them.
@@ -103,7 +104,7 @@ pub struct Timeline {
     pub last_refused: Option<Instant>,
     /// SIGKILL to a process of the pod.
     pub sigkill: Option<Instant>,
-    /// The last of its processes ended.
+    /// The last of the processes that were asked to stop ended.
     pub process_exited: Option<Instant>,
     /// The pod object is gone.
     pub pod_removed: Option<Instant>,
@@ -145,6 +146,35 @@ impl Timeline {
     #[must_use]
     pub fn shortfall_seconds(&self) -> Option<f64> {
         Some((self.needed_seconds()? - self.head_start_seconds()?).max(0.0))
+    }
+
+    /// The earliest instant known.
+    #[must_use]
+    pub fn first_instant(&self) -> Option<BootNs> {
+        self.instants().min()
+    }
+
+    /// The latest instant known.
+    #[must_use]
+    pub fn last_instant(&self) -> Option<BootNs> {
+        self.instants().max()
+    }
+
+    fn instants(&self) -> impl Iterator<Item = BootNs> {
+        let single = [
+            self.deletion_requested,
+            self.endpoint_terminating,
+            self.sigterm,
+            self.listener_closed,
+            self.first_refused,
+            self.last_refused,
+            self.sigkill,
+            self.process_exited,
+            self.pod_removed,
+        ];
+        let removals = self.removals.iter().map(|removal| removal.backend_removed);
+        let instants = single.into_iter().chain(removals).flatten().map(|instant| instant.at);
+        instants.chain(self.arrivals.last())
     }
 
     /// Drain: SIGTERM to the last process exit, in seconds.

@@ -1,0 +1,107 @@
+//! Stages that start from a `struct task_struct`, and what a task, socket or device points to: its
+//! network namespace and its cgroup.
+
+use aya_ebpf::{EbpfContext, helpers::bpf_get_current_task};
+use observer_common::{Event, signal};
+
+use crate::{
+    layout::offset,
+    memory::{Address, argument, read, read_or_zero},
+    report,
+};
+
+const SIGKILL: u32 = 9;
+const SIGTERM: u32 = 15;
+
+/// `setsockopt` in the x86-64 system call table, part of the kernel's user interface.
+const NR_SETSOCKOPT: u64 = 54;
+/// `IPT_SO_SET_REPLACE` and `IP6T_SO_SET_REPLACE` (include/uapi/linux/netfilter_ipv{4,6}).
+const SO_SET_REPLACE: u64 = 64;
+const SOL_IP: u64 = 0;
+const SOL_IPV6: u64 = 41;
+
+/// `signal_generate`, also for a signal that the process ignores: the kubelet did send it.
+#[inline(always)]
+pub fn signalled(ctx: &impl EbpfContext, number: u32) -> i32 {
+    if number != SIGTERM && number != SIGKILL {
+        return 0;
+    }
+    let mut event = report::event(signal::PROCESS_SIGNALLED);
+    fill(&mut event, argument(ctx, 2));
+    event.code = number;
+    report::send(ctx, &mut event);
+    0
+}
+
+/// An end of the process in the first argument.
+#[inline(always)]
+pub fn happened(ctx: &impl EbpfContext, signal: u32) -> i32 {
+    let mut event = report::event(signal);
+    fill(&mut event, argument(ctx, 0));
+    report::send(ctx, &mut event);
+    0
+}
+
+/// `sched_process_exit` where the kernel does not say whether the whole process is dead.
+#[inline(always)]
+pub fn leader_exited(ctx: &impl EbpfContext) -> i32 {
+    let task = argument(ctx, 0);
+    let pid: Option<u32> = read(task, offset!(task_pid));
+    if pid != read(task, offset!(task_tgid)) {
+        return 0;
+    }
+    happened(ctx, signal::PROCESS_EXITED)
+}
+
+/// `sys_exit`: after a successful replacement, in this node's namespace, the new table is in force.
+#[inline(always)]
+pub fn system_call_returned(ctx: &impl EbpfContext, result: i64) -> i32 {
+    if result != 0 {
+        return 0;
+    }
+    let regs = argument(ctx, 0);
+    if read(regs, offset!(regs_nr)) != Some(NR_SETSOCKOPT) {
+        return 0;
+    }
+    if read(regs, offset!(regs_arg2)) != Some(SO_SET_REPLACE) {
+        return 0;
+    }
+    let family = match read(regs, offset!(regs_arg1)) {
+        Some(SOL_IP) => 4,
+        Some(SOL_IPV6) => 6,
+        _ => return 0,
+    };
+    let mut event = report::event(signal::LEGACY_COMMIT);
+    // SAFETY: a helper without arguments.
+    fill(&mut event, unsafe { bpf_get_current_task() });
+    if event.netns_inum != offset!(own_netns_inum) {
+        return 0;
+    }
+    event.code = family;
+    report::send_always(ctx, &event);
+    0
+}
+
+#[inline(always)]
+fn fill(event: &mut Event, task: Address) {
+    event.pid = read_or_zero(task, offset!(task_tgid));
+    let css_set: Address = read_or_zero(task, offset!(task_cgroups));
+    event.cgroup_id = cgroup_id(read_or_zero(css_set, offset!(css_set_cgroup)));
+    // An exiting task may have left its namespaces already: then both stay 0.
+    let nsproxy: Address = read_or_zero(task, offset!(task_nsproxy));
+    fill_netns(event, read_or_zero(nsproxy, offset!(nsproxy_net)));
+}
+
+/// From a `struct net`.
+#[inline(always)]
+pub fn fill_netns(event: &mut Event, net: Address) {
+    event.netns_inum = read_or_zero(net, offset!(net_inum));
+    event.netns_cookie = read_or_zero(net, offset!(net_cookie));
+}
+
+/// From a `struct cgroup`: the inode number of its directory in the cgroup v2 hierarchy.
+#[inline(always)]
+pub fn cgroup_id(cgroup: Address) -> u64 {
+    let kernfs_node: Address = read_or_zero(cgroup, offset!(cgroup_kn));
+    read_or_zero(kernfs_node, offset!(kernfs_id))
+}

@@ -1,0 +1,227 @@
+//! The owner of the correlator: takes facts as they come, and the kernel's counts once per tick.
+//!
+//! One task, so the correlator needs no lock; what the HTTP API wants of it, it asks here. It never
+//! waits for another task, so no two of them can wait for each other.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval};
+use tracing::{debug, info, warn};
+
+use super::legacy::LegacyCommits;
+use crate::api::Question;
+use crate::clock;
+use crate::cluster;
+use crate::correlate::Correlator;
+use crate::dataplane::{self, Update};
+use crate::facts::{
+    BackendChange, BackendStep, Blindness, BootNs, ClusterFact, Happening, KernelEvent,
+};
+use crate::kernel::addresses::Addresses;
+use crate::kernel::counters::{Counters, SIGNAL_NAMES};
+use crate::kernel::{EventCounts, Probes};
+use crate::metrics::Metrics;
+use crate::readiness::Item;
+
+/// How often counts are read and timelines closed: metrics and the API are at most this old.
+/// Reading costs two system calls for each pod port, outcome and origin.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Counts of addresses that no pod has any more are deleted every so many ticks (a minute): they
+/// only take up room.
+const TICKS_PER_CLEANING: u32 = 60;
+
+/// The parts of the kernel side that the desk works with.
+pub(super) struct Kernel {
+    /// Dropped, and so detached, with the desk.
+    pub(super) probes: Probes,
+    pub(super) counters: Counters,
+    pub(super) addresses: Addresses,
+    pub(super) reader: Arc<EventCounts>,
+}
+
+/// What the desk keeps true for others.
+pub(super) struct Shown {
+    pub(super) metrics: Metrics,
+    /// Readiness of the dataplane's reader.
+    pub(super) rules: Item,
+    pub(super) rule_counters: Arc<dataplane::Counters>,
+    pub(super) watches: cluster::Health,
+}
+
+/// Where facts and questions arrive.
+pub(super) struct Inbox {
+    pub(super) events: mpsc::Receiver<KernelEvent>,
+    pub(super) facts: mpsc::Receiver<ClusterFact>,
+    pub(super) updates: mpsc::Receiver<Update>,
+    pub(super) asked: mpsc::Receiver<Question>,
+}
+
+/// The correlator with what feeds it and what is made of it.
+pub(super) struct Desk {
+    correlator: Correlator,
+    kernel: Kernel,
+    legacy: LegacyCommits,
+    shown: Shown,
+    watched: BTreeSet<IpAddr>,
+    /// Details lost in the kernel as of the last tick, and when that was.
+    lost: (u64, BootNs),
+}
+
+impl Desk {
+    pub(super) fn new(node: &str, kernel: Kernel, legacy: LegacyCommits, shown: Shown) -> Self {
+        Self {
+            correlator: Correlator::new(node),
+            kernel,
+            legacy,
+            shown,
+            watched: BTreeSet::new(),
+            lost: (0, clock::now()),
+        }
+    }
+
+    /// Works until it is dropped.
+    ///
+    /// # Errors
+    /// When the kernel's maps cannot be read.
+    pub(super) async fn run(mut self, mut inbox: Inbox) -> anyhow::Result<()> {
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut until_cleaning = TICKS_PER_CLEANING;
+        loop {
+            tokio::select! {
+                Some(event) = inbox.events.recv() => self.take_event(&event),
+                Some(fact) = inbox.facts.recv() => self.take_fact(fact),
+                Some(update) = inbox.updates.recv() => self.take_update(update),
+                Some(question) = inbox.asked.recv() => {
+                    // Whoever asked may have hung up.
+                    let _unheard = question.send(self.correlator.timelines());
+                }
+                _ = tick.tick() => {
+                    self.tick(clock::now(), &inbox)?;
+                    until_cleaning -= 1;
+                    if until_cleaning == 0 {
+                        until_cleaning = TICKS_PER_CLEANING;
+                        self.clean()?;
+                    }
+                }
+            }
+        }
+    }
+
+    fn take_event(&mut self, event: &KernelEvent) {
+        if let Happening::LegacyCommit { family } = event.happening {
+            self.legacy.committed(event.at, family);
+        }
+        self.correlator.record_kernel(event);
+    }
+
+    fn take_fact(&mut self, fact: ClusterFact) {
+        let pod = matches!(fact, ClusterFact::Pod(_) | ClusterFact::PodRemoved { .. });
+        self.correlator.record_cluster(fact);
+        if pod {
+            self.watch_addresses();
+        }
+    }
+
+    fn watch_addresses(&mut self) {
+        let wanted = self.correlator.local_addresses();
+        if wanted == self.watched {
+            return;
+        }
+        match self.kernel.addresses.set_local(&wanted) {
+            Ok(()) => self.watched = wanted,
+            Err(error) => warn!("connections at some pods are not counted: {error:#}"),
+        }
+    }
+
+    fn take_update(&mut self, update: Update) {
+        match update {
+            Update::Present { at, backends } => {
+                // Each was added at an unknown time before.
+                let uncertainty = Duration::from_nanos(at.0);
+                for backend in backends {
+                    let step = BackendStep::Added;
+                    self.correlator.record_backend(BackendChange {
+                        at,
+                        uncertainty,
+                        backend,
+                        step,
+                    });
+                }
+                self.shown.rules.up();
+            }
+            Update::Change(change) => self.correlator.record_backend(change),
+            Update::Blind(blindness) => self.correlator.record_blindness(blindness),
+            Update::Status(status) => {
+                let kinds: Vec<&str> = status.in_use.iter().map(|kind| kind.name()).collect();
+                debug!(?kinds, backends = status.backends, "the node's rules");
+                self.shown.metrics.set_dataplane_status(&status);
+            }
+        }
+    }
+
+    fn tick(&mut self, now: BootNs, inbox: &Inbox) -> anyhow::Result<()> {
+        self.read_counts(now)?;
+        self.legacy.tick(now, &mut self.kernel.probes, &self.shown.metrics)?;
+        for timeline in self.correlator.advance(now) {
+            info!(
+                pod = %format_args!("{}/{}", timeline.namespace, timeline.name),
+                gap_seconds = timeline.gap_seconds(),
+                refused = timeline.refused,
+                censored = ?timeline.censored,
+                "a termination is over"
+            );
+            self.shown.metrics.record_closed(&timeline);
+        }
+        self.watch_addresses();
+        self.show(inbox);
+        Ok(())
+    }
+
+    fn read_counts(&mut self, now: BootNs) -> anyhow::Result<()> {
+        let reading = self.kernel.counters.read()?;
+        for arrivals in &reading.arrivals {
+            self.correlator.record_arrivals(arrivals);
+        }
+        let metrics = &self.shown.metrics;
+        for (name, counts) in SIGNAL_NAMES.iter().zip(&reading.signals) {
+            metrics.set_signal(name, *counts);
+        }
+        for (errno, count) in &reading.errnos {
+            metrics.set_connect_failures(*errno, *count);
+        }
+        let lost = reading.signals.iter().map(|counts| counts.ring_full + counts.map_full).sum();
+        let (lost_before, seen_until) = std::mem::replace(&mut self.lost, (lost, now));
+        if lost > lost_before {
+            let source = "ring buffer";
+            self.correlator.record_blindness(Blindness { from: seen_until, until: now, source });
+            self.legacy.missed_since(seen_until);
+        }
+        Ok(())
+    }
+
+    fn show(&self, inbox: &Inbox) {
+        let metrics = &self.shown.metrics;
+        for ((namespace, workload), count) in self.correlator.refused_by_workload() {
+            metrics.set_refused(&namespace, &workload, count);
+        }
+        metrics.set_undecodable(self.kernel.reader.undecodable.load(Ordering::Relaxed));
+        metrics.set_dataplane(&self.shown.rule_counters);
+        metrics.set_queued("kernel", inbox.events.len());
+        metrics.set_queued("cluster", inbox.facts.len());
+        metrics.set_queued("dataplane", inbox.updates.len());
+        metrics.set_watch_failures("pods", self.shown.watches.pods.failures());
+        metrics.set_watch_failures("endpointslices", self.shown.watches.slices.failures());
+    }
+
+    fn clean(&mut self) -> anyhow::Result<()> {
+        let correlator = &self.correlator;
+        self.kernel.counters.forget(|arrivals| correlator.is_retired(arrivals))
+    }
+}

@@ -1,0 +1,186 @@
+//! `observer run`: wires the shells to the correlator and keeps them running.
+//!
+//! Everything that can fail without touching the kernel is done first, so a wrong port or
+//! kubeconfig leaves nothing attached. Channels are bounded; a task that ends early ends the
+//! process, for a daemon that sees only part of the story must not look healthy.
+
+mod desk;
+mod legacy;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context as _, anyhow, bail};
+use nix::ifaddrs::getifaddrs;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use crate::facts::Origin;
+use crate::kernel::addresses::{Addresses, Range};
+use crate::kernel::probes::LEGACY_COMMIT;
+use crate::kernel::{self, Probes};
+use crate::metrics::Metrics;
+use crate::readiness::Readiness;
+use crate::{api, clock, cluster, dataplane};
+
+use desk::{Desk, Inbox, Kernel, Shown};
+use legacy::LegacyCommits;
+
+/// Facts of one source that may wait for the correlator. A burst of a few thousand fits; beyond
+/// that the source waits, and the kernel's ring buffer or the API server holds the rest.
+const FACTS: usize = 4096;
+
+/// Questions of the HTTP API that may wait.
+const QUESTIONS: usize = 16;
+
+/// What `observer run` needs to know.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The node's name, as the API server knows it.
+    pub node: String,
+    /// The kubeconfig; `None` for the pod's ServiceAccount.
+    pub kubeconfig: Option<PathBuf>,
+    /// Where to serve HTTP.
+    pub listen: SocketAddr,
+    /// The cgroup v2 hierarchy.
+    pub cgroup_root: PathBuf,
+    /// The cluster's address ranges; empty when sources are not told apart.
+    pub cluster: Vec<Range>,
+}
+
+/// Observes until SIGTERM or SIGINT (`Ok`) or until a part fails.
+///
+/// # Errors
+/// In one line that says what to do; a [`kernel::StartError`] when the kernel side cannot start.
+pub async fn run(settings: Settings) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let listener = api::bind(settings.listen).await?;
+    let client = cluster::client(settings.kubeconfig.as_deref()).await?;
+    let metrics = Metrics::new()?;
+    let readiness = Readiness::default();
+    let watches = cluster::Health::expect(&readiness);
+    let rules = readiness.expect("dataplane", "the node's rules are not read yet");
+
+    let mut kernel = kernel::start(settings.cgroup_root)?;
+    show_probes(&kernel.probes, &readiness, &metrics);
+    classify_sources(&mut kernel.addresses, &settings.cluster)?;
+
+    let node: Arc<str> = settings.node.into();
+    let (event_sender, events) = mpsc::channel(FACTS);
+    let (fact_sender, facts) = mpsc::channel(FACTS);
+    let (update_sender, updates) = mpsc::channel(FACTS);
+    let (legacy_sender, legacy_signals) = mpsc::channel(FACTS);
+    let seen = readiness.expect(format!("probe {}", LEGACY_COMMIT.name), "not needed yet");
+    let legacy = LegacyCommits::new(legacy_sender, seen, clock::now());
+    let (questions, asked) = mpsc::channel(QUESTIONS);
+    let rule_settings = dataplane::Settings::default();
+    let kernel_side = Kernel {
+        probes: kernel.probes,
+        counters: kernel.counters,
+        addresses: kernel.addresses,
+        reader: kernel.events.counts(),
+    };
+    let shown = Shown {
+        metrics: metrics.clone(),
+        rules,
+        rule_counters: rule_settings.counters.clone(),
+        watches: watches.clone(),
+    };
+    let desk = Desk::new(&node, kernel_side, legacy, shown);
+
+    let mut tasks = JoinSet::new();
+    let sources =
+        api::Sources { node: node.clone(), readiness: readiness.clone(), metrics, questions };
+    tasks.spawn(named("HTTP server", api::serve(listener, sources)));
+    tasks.spawn(named("event reader", kernel.events.run(event_sender)));
+    let rules = dataplane::run(rule_settings, legacy_signals, update_sender);
+    tasks.spawn(named("dataplane reader", rules));
+    tasks.spawn(named("cluster watch", async move {
+        cluster::run(client, &node, fact_sender, watches).await;
+        Ok(())
+    }));
+    tasks.spawn(named("correlator", desk.run(Inbox { events, facts, updates, asked })));
+    info!(address = %settings.listen, "observing");
+
+    let outcome = tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+        ended = tasks.join_next() => Err(describe_end(ended)),
+    };
+    info!("stopping: detaching the probes");
+    tasks.shutdown().await;
+    outcome
+}
+
+/// A task's outcome with its name.
+async fn named(
+    name: &'static str,
+    task: impl Future<Output = anyhow::Result<()>>,
+) -> (&'static str, anyhow::Result<()>) {
+    (name, task.await)
+}
+
+fn describe_end(
+    ended: Option<Result<(&'static str, anyhow::Result<()>), tokio::task::JoinError>>,
+) -> anyhow::Error {
+    match ended {
+        Some(Ok((name, Err(error)))) => error.context(format!("the {name} failed")),
+        Some(Ok((name, Ok(())))) => anyhow!("the {name} ended early"),
+        Some(Err(error)) => anyhow::Error::new(error).context("a task panicked"),
+        None => anyhow!("no task is left"),
+    }
+}
+
+/// A probe that matters and is not attached keeps the daemon from being ready; any other is a
+/// warning and a metric.
+fn show_probes(probes: &Probes, readiness: &Readiness, metrics: &Metrics) {
+    for probe in probes.states() {
+        metrics.set_probe(probe.signal, probe.method);
+        let Some(problem) = &probe.problem else { continue };
+        warn!(signal = probe.signal, problem, "a probe is not attached");
+        if probe.essential {
+            // Kept by `readiness`: it stays missing.
+            let _missing = readiness.expect(format!("probe {}", probe.signal), problem);
+        }
+    }
+    if !probes.missing().is_empty() {
+        warn!(fields = ?probes.missing(), "this kernel lacks fields");
+    }
+}
+
+/// Tells the programs which addresses are whose: the node's own, the cluster's, and with those
+/// known all others external.
+fn classify_sources(addresses: &mut Addresses, cluster: &[Range]) -> anyhow::Result<()> {
+    if !cluster.is_empty() {
+        for everything in ["0.0.0.0", "::"] {
+            let address = everything.parse().context("an unspecified address")?;
+            addresses.classify(Range { address, prefix: 0 }, Origin::External)?;
+        }
+    }
+    for range in cluster {
+        addresses.classify(*range, Origin::Cluster)?;
+    }
+    for address in node_addresses()? {
+        addresses.classify(Range::host(address), Origin::SameNode)?;
+    }
+    Ok(())
+}
+
+fn node_addresses() -> anyhow::Result<Vec<std::net::IpAddr>> {
+    let interfaces = getifaddrs().context("cannot list the node's addresses")?;
+    let address = |interface: nix::ifaddrs::InterfaceAddress| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| v4.ip().into());
+        v4.or_else(|| address.as_sockaddr_in6().map(|v6| v6.ip().into()))
+    };
+    let addresses: Vec<std::net::IpAddr> = interfaces.filter_map(address).collect();
+    if addresses.is_empty() {
+        bail!("the node has no address");
+    }
+    Ok(addresses)
+}

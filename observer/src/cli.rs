@@ -1,0 +1,254 @@
+//! The command line: every flag, its environment variable and its limits.
+//!
+//! Pure. A value that cannot be used is refused here with exit code 2, never replaced.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+use crate::kernel::addresses::Range;
+use crate::recommend::DEFAULT_MARGIN_SECONDS;
+use crate::report::Output;
+
+/// The largest margin that makes sense: far beyond any published gap.
+const MARGIN_LIMIT_SECONDS: f64 = 3600.0;
+
+const EXIT_CODES: &str = "Exit codes:
+  0  done, or stopped by SIGTERM or SIGINT
+  1  failed while running: port taken, kubeconfig unusable, no agent answered
+  2  the command line is wrong
+  3  this machine or its permissions cannot do it: no kernel BTF, no CAP_BPF";
+
+/// Measures how long a deleted pod keeps receiving new connections, and which preStop sleep its
+/// workload needs.
+#[derive(Debug, Parser)]
+#[command(name = "observer", version, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Observe this node: attach to its kernel, follow its rules and the cluster, serve the figures
+    #[command(after_help = EXIT_CODES)]
+    Run(RunArgs),
+    /// Ask the agents of all nodes and print what each workload needs
+    #[command(after_help = EXIT_CODES)]
+    Report(ReportArgs),
+}
+
+/// Flags of `observer run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Name of this node, as the API server knows it (spec.nodeName by the downward API)
+    #[arg(long, env = "NODE_NAME", value_name = "NAME", value_parser = node_name)]
+    pub node_name: String,
+
+    /// Kubeconfig file; without one the pod's ServiceAccount is used
+    #[arg(long, env = "OBSERVER_KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+
+    /// Where to serve /metrics, /livez, /readyz and /v1/terminations
+    #[arg(long, env = "OBSERVER_LISTEN", value_name = "ADDRESS:PORT", default_value = "[::]:9464")]
+    pub listen: SocketAddr,
+
+    /// The cgroup v2 hierarchy of the node; its directories tell which process is in which pod
+    #[arg(
+        long,
+        env = "OBSERVER_CGROUP_ROOT",
+        value_name = "DIR",
+        default_value = "/sys/fs/cgroup"
+    )]
+    pub cgroup_root: PathBuf,
+
+    /// Addresses of the cluster's pods and nodes, comma separated or repeated. A connection from
+    /// elsewhere then counts as external (a load balancer); without this flag neither is told
+    #[arg(
+        long,
+        env = "OBSERVER_CLUSTER_CIDR",
+        value_name = "CIDR",
+        value_delimiter = ',',
+        value_parser = range
+    )]
+    pub cluster_cidr: Vec<Range>,
+
+    /// How the log is written to stderr
+    #[arg(long, env = "OBSERVER_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+
+    /// What is logged: error, warn, info, debug, trace, or directives such as info,observer=debug
+    #[arg(
+        long,
+        env = "OBSERVER_LOG_LEVEL",
+        value_name = "LEVEL",
+        default_value = "info",
+        value_parser = log_level
+    )]
+    pub log_level: String,
+}
+
+/// Flags of `observer report`.
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// An agent, comma separated or repeated; ask those of all nodes, the slowest decides
+    #[arg(
+        long = "url",
+        env = "OBSERVER_URLS",
+        value_name = "http://HOST:PORT",
+        value_delimiter = ',',
+        required = true,
+        value_parser = url
+    )]
+    pub urls: Vec<String>,
+
+    /// How the report is printed
+    #[arg(long, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
+
+    /// Seconds to add to the largest need seen, before rounding up
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_MARGIN_SECONDS, value_parser = margin)]
+    pub margin: f64,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for a person.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// A node's name becomes part of a field selector, where these characters have a meaning.
+fn node_name(text: &str) -> Result<String, String> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.');
+    if text.is_empty() || !text.chars().all(allowed) {
+        return Err("a node's name has lower-case letters, digits, '-' and '.' only".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+fn range(text: &str) -> Result<Range, String> {
+    let expected = || "write ADDRESS/PREFIX, for example 10.244.0.0/16 or fd00::/8".to_owned();
+    let (address, prefix) = text.trim().split_once('/').ok_or_else(expected)?;
+    let address: IpAddr = address.parse().map_err(|_invalid| expected())?;
+    let prefix: u8 = prefix.parse().map_err(|_invalid| expected())?;
+    let longest = if address.is_ipv4() { 32 } else { 128 };
+    if prefix > longest {
+        return Err(format!("the prefix of {address} is at most {longest}"));
+    }
+    Ok(Range { address, prefix })
+}
+
+fn log_level(text: &str) -> Result<String, String> {
+    EnvFilter::builder().parse(text).map_err(|error| error.to_string())?;
+    Ok(text.to_owned())
+}
+
+fn url(text: &str) -> Result<String, String> {
+    match text.strip_prefix("http://") {
+        Some(host) if !host.is_empty() => Ok(text.to_owned()),
+        _ => Err("write http://HOST:9464; agents speak plain HTTP".to_owned()),
+    }
+}
+
+fn margin(text: &str) -> Result<f64, String> {
+    let seconds = text.parse::<f64>().ok().filter(|s| (0.0..=MARGIN_LIMIT_SECONDS).contains(s));
+    seconds.ok_or_else(|| format!("write seconds from 0 to {MARGIN_LIMIT_SECONDS}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_explains_itself_and_names_its_variable() {
+        for command in Cli::command().get_subcommands() {
+            for flag in command.get_arguments().filter(|flag| flag.get_id() != "help") {
+                assert!(flag.get_help().is_some(), "{} has no help", flag.get_id());
+            }
+        }
+        let run = Cli::command();
+        let run = run.find_subcommand("run").expect("run");
+        let without: Vec<_> = run
+            .get_arguments()
+            .filter(|flag| flag.get_id() != "help" && flag.get_env().is_none())
+            .map(|flag| flag.get_id().as_str())
+            .collect();
+        assert_eq!(without, Vec::<&str>::new());
+    }
+
+    fn run_args(flags: &[&str]) -> Result<RunArgs, String> {
+        let line = ["observer", "run", "--node-name=node-1"].iter().chain(flags);
+        match Cli::try_parse_from(line).map_err(|error| error.to_string())?.command {
+            Command::Run(args) => Ok(args),
+            Command::Report(_) => Err("not a run".to_owned()),
+        }
+    }
+
+    #[test]
+    fn ranges_may_be_listed_and_repeated() {
+        let flags = ["--cluster-cidr=10.244.0.0/16,fd00::/8", "--cluster-cidr", "192.168.0.0/24"];
+        let ranges = run_args(&flags).expect("valid").cluster_cidr;
+        let shown: Vec<String> =
+            ranges.iter().map(|range| format!("{}/{}", range.address, range.prefix)).collect();
+        assert_eq!(shown, ["10.244.0.0/16", "fd00::/8", "192.168.0.0/24"]);
+    }
+
+    #[test]
+    fn a_bad_value_says_what_to_write() {
+        for (flag, words) in [
+            ("--cluster-cidr=10.0.0.0", "write ADDRESS/PREFIX"),
+            ("--cluster-cidr=10.0.0.0/33", "at most 32"),
+            ("--cluster-cidr=ten/8", "write ADDRESS/PREFIX"),
+            ("--listen=9464", "invalid socket address"),
+            ("--log-format=xml", "possible values: text, json"),
+            ("--log-level=observer=loud", "invalid"),
+        ] {
+            let error = run_args(&[flag]).expect_err(flag);
+            assert!(error.contains(words), "{flag}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_node_name_cannot_smuggle_in_a_selector() {
+        for name in ["", "Node", "a,spec.nodeName!=a"] {
+            let line = ["observer", "run", "--node-name", name];
+            let error = Cli::try_parse_from(line).expect_err(name).to_string();
+            assert!(
+                error.contains("lower-case") || error.contains("a value is required"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_report_needs_agents_and_a_sane_margin() {
+        let report = |flags: &[&str]| {
+            let line = ["observer", "report"].iter().chain(flags);
+            Cli::try_parse_from(line).map(drop).map_err(|error| error.to_string())
+        };
+        let missing = report(&[]).expect_err("no agent");
+        assert!(missing.contains("--url"), "{missing}");
+        let secure = report(&["--url=https://a"]).expect_err("no TLS");
+        assert!(secure.contains("plain HTTP"), "{secure}");
+        for margin in ["-1", "NaN", "inf", "much"] {
+            let flag = format!("--margin={margin}");
+            let error = report(&["--url=http://a:1", &flag]).expect_err(margin);
+            assert!(error.contains("seconds from 0"), "{error}");
+        }
+        report(&["--url=http://a:1,http://b:1", "--margin=0.5", "--output=json"]).expect("valid");
+    }
+}

@@ -1,0 +1,80 @@
+//! The API server's watches to facts: the pods of this node and every EndpointSlice.
+//!
+//! A shell. What is kept per object is its key; the object itself is parsed into a trimmed type,
+//! turned into a fact and forgotten. The conversions are pure (`pod`, `slice`).
+
+mod pod;
+mod slice;
+mod watch;
+
+use std::path::Path;
+
+use anyhow::anyhow;
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
+use tokio::sync::mpsc;
+
+use crate::facts::ClusterFact;
+use crate::readiness::{Item, Readiness};
+
+use pod::Pod;
+use slice::EndpointSlice;
+use watch::{Watch, Watched as _, words};
+
+/// The readiness of both watches.
+#[derive(Clone, Debug)]
+pub struct Health {
+    /// `pod watch`
+    pub pods: Item,
+    /// `endpointslice watch`
+    pub slices: Item,
+}
+
+impl Health {
+    /// Adds both watches to what must work.
+    #[must_use]
+    pub fn expect(readiness: &Readiness) -> Self {
+        Self {
+            pods: readiness.expect(Pod::NAME, "not synced yet"),
+            slices: readiness.expect(EndpointSlice::NAME, "not synced yet"),
+        }
+    }
+}
+
+/// A client from `kubeconfig`, or from the pod's ServiceAccount when there is none. It does not
+/// connect yet: an API server that cannot be reached shows in the readiness of the watches.
+///
+/// # Errors
+/// When the file cannot be read or used, or there is none and this is not a pod.
+pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<kube::Client> {
+    let config = match kubeconfig {
+        Some(path) => from_file(path).await.map_err(|error| {
+            let error = words(&error);
+            anyhow!("kubeconfig {} cannot be used: check --kubeconfig: {error}", path.display())
+        })?,
+        None => kube::Config::incluster().map_err(|error| {
+            let error = words(&error);
+            anyhow!("not in a pod with a ServiceAccount: give --kubeconfig FILE: {error}")
+        })?,
+    };
+    kube::Client::try_from(config)
+        .map_err(|error| anyhow!("no client for the API server: {}", words(&error)))
+}
+
+async fn from_file(path: &Path) -> Result<kube::Config, KubeconfigError> {
+    let file = Kubeconfig::read_from(path)?;
+    kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await
+}
+
+/// Watches the pods of `node` and all EndpointSlices until nobody receives `facts` any more.
+/// Failures show in `health`; both watches go on trying.
+pub async fn run(
+    client: kube::Client,
+    node: &str,
+    facts: mpsc::Sender<ClusterFact>,
+    health: Health,
+) {
+    let on_node = Some(format!("spec.nodeName={node}"));
+    let pods = Watch::<Pod>::new(client.clone(), on_node, facts.clone(), health.pods);
+    let slices = Watch::<EndpointSlice>::new(client, None, facts, health.slices);
+    tokio::join!(pods.run(), slices.run());
+}

@@ -1,0 +1,204 @@
+//! A pod, trimmed to what a termination needs, and its conversion into facts.
+//!
+//! Pure. Fields that the API server leaves out take the API's own defaults; anything else in the
+//! object is skipped while parsing and never kept.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::clock::WallOffset;
+use crate::facts::{BootNs, ClusterFact, Deletion, PodObserved, PodUid, Workload};
+
+use super::watch::Watched;
+
+/// `spec.terminationGracePeriodSeconds` when omitted (`core/v1`).
+const DEFAULT_GRACE_SECONDS: u64 = 30;
+
+/// `core/v1` Pod.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Pod {
+    metadata: Metadata,
+    #[serde(default)]
+    spec: Spec,
+    #[serde(default)]
+    status: Status,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Metadata {
+    uid: PodUid,
+    namespace: Arc<str>,
+    name: Arc<str>,
+    resource_version: String,
+    deletion_timestamp: Option<jiff::Timestamp>,
+    deletion_grace_period_seconds: Option<u64>,
+    #[serde(default)]
+    labels: Labels,
+    #[serde(default)]
+    owner_references: Vec<Owner>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Labels {
+    /// The hash that a Deployment appends to the names of its `ReplicaSets`.
+    #[serde(rename = "pod-template-hash")]
+    template_hash: Option<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Owner {
+    kind: Arc<str>,
+    name: Arc<str>,
+    #[serde(default)]
+    controller: bool,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Spec {
+    termination_grace_period_seconds: Option<u64>,
+    #[serde(default)]
+    host_network: bool,
+    containers: Option<Vec<Container>>,
+    init_containers: Option<Vec<Container>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Container {
+    restart_policy: Option<String>,
+    lifecycle: Option<Lifecycle>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Lifecycle {
+    pre_stop: Option<PreStop>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct PreStop {
+    sleep: Option<Sleep>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Sleep {
+    seconds: u64,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Status {
+    phase: Option<String>,
+    #[serde(rename = "podIPs")]
+    pod_ips: Option<Vec<PodIp>>,
+    conditions: Option<Vec<Condition>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct PodIp {
+    #[serde(default)]
+    ip: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Condition {
+    r#type: String,
+    status: String,
+}
+
+impl Watched for Pod {
+    type Key = PodUid;
+    const NAME: &'static str = "pod watch";
+    const PATH: &'static str = "/api/v1/pods";
+
+    fn key(&self) -> PodUid {
+        self.metadata.uid.clone()
+    }
+
+    fn resource_version(&self) -> &str {
+        &self.metadata.resource_version
+    }
+
+    fn observed(&self, at: BootNs, offset: WallOffset) -> ClusterFact {
+        ClusterFact::Pod(observed(self, at, offset))
+    }
+
+    fn removed(uid: PodUid, at: BootNs) -> ClusterFact {
+        ClusterFact::PodRemoved { at, uid }
+    }
+}
+
+fn observed(pod: &Pod, at: BootNs, offset: WallOffset) -> PodObserved {
+    let Pod { metadata, spec, status } = pod;
+    let grace = spec.termination_grace_period_seconds.unwrap_or(DEFAULT_GRACE_SECONDS);
+    PodObserved {
+        at,
+        uid: metadata.uid.clone(),
+        namespace: metadata.namespace.clone(),
+        name: metadata.name.clone(),
+        workload: workload(metadata),
+        addresses: addresses(spec, status),
+        deletion: deletion(metadata, offset),
+        pre_stop_sleep: pre_stop_sleep(spec),
+        grace_period: Duration::from_secs(grace),
+        ready: status
+            .conditions
+            .iter()
+            .flatten()
+            .any(|condition| condition.r#type == "Ready" && condition.status == "True"),
+        ended: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
+    }
+}
+
+/// A Deployment names its `ReplicaSets` `<deployment>-<pod-template-hash>` and labels the pods with
+/// the hash, so the Deployment is known without watching `ReplicaSets`.
+fn workload(metadata: &Metadata) -> Workload {
+    let Some(owner) = metadata.owner_references.iter().find(|owner| owner.controller) else {
+        return Workload { kind: "Pod".into(), name: metadata.name.clone() };
+    };
+    let deployment = metadata
+        .labels
+        .template_hash
+        .as_deref()
+        .filter(|_| &*owner.kind == "ReplicaSet")
+        .and_then(|hash| owner.name.strip_suffix(hash)?.strip_suffix('-'))
+        .filter(|name| !name.is_empty());
+    match deployment {
+        Some(name) => Workload { kind: "Deployment".into(), name: name.into() },
+        None => Workload { kind: owner.kind.clone(), name: owner.name.clone() },
+    }
+}
+
+/// A host-network pod has the node's addresses: they say nothing about the pod.
+fn addresses(spec: &Spec, status: &Status) -> Vec<IpAddr> {
+    if spec.host_network {
+        return Vec::new();
+    }
+    status.pod_ips.iter().flatten().filter_map(|pod_ip| pod_ip.ip.parse().ok()).collect()
+}
+
+fn deletion(metadata: &Metadata, offset: WallOffset) -> Option<Deletion> {
+    let timestamp = metadata.deletion_timestamp?;
+    let grace = Duration::from_secs(metadata.deletion_grace_period_seconds.unwrap_or_default());
+    Some(Deletion { not_before: offset.to_boot(timestamp.as_nanosecond()).minus(grace), grace })
+}
+
+/// The longest over all containers that stop with the pod: the main ones and, of the init
+/// containers, the sidecars (`restartPolicy: Always`).
+fn pre_stop_sleep(spec: &Spec) -> Option<Duration> {
+    let sidecars = spec.init_containers.iter().flatten();
+    let sidecars = sidecars.filter(|init| init.restart_policy.as_deref() == Some("Always"));
+    let sleep = |container: &Container| {
+        let sleep = container.lifecycle.as_ref()?.pre_stop.as_ref()?.sleep.as_ref()?;
+        Some(Duration::from_secs(sleep.seconds))
+    };
+    spec.containers.iter().flatten().chain(sidecars).filter_map(sleep).max()
+}
+
+#[cfg(test)]
+#[path = "pod_tests.rs"]
+mod tests;

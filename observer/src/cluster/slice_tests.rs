@@ -1,0 +1,116 @@
+use serde_json::{Value, json};
+
+use crate::facts::BootNs;
+
+use super::*;
+
+const AT: BootNs = BootNs(7);
+
+/// A slice as the API server sends it.
+fn slice() -> Value {
+    json!({
+        "addressType": "IPv4",
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {
+            "name": "web-vtd96",
+            "namespace": "default",
+            "generation": 34,
+            "resourceVersion": "713",
+            "labels": {
+                "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io",
+                "kubernetes.io/service-name": "web"
+            }
+        },
+        "endpoints": [
+            {
+                "addresses": ["10.244.0.18"],
+                "conditions": {"ready": true, "serving": true, "terminating": false},
+                "nodeName": "node-1",
+                "targetRef": {"kind": "Pod", "namespace": "default", "name": "web-a", "uid": "ua"}
+            },
+            {
+                "addresses": ["10.244.0.20"],
+                "conditions": {"ready": false, "serving": true, "terminating": true},
+                "nodeName": "node-2",
+                "targetRef": {"kind": "Pod", "name": "web-b", "uid": "ub"}
+            }
+        ],
+        "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}]
+    })
+}
+
+fn see(object: Value) -> SliceObserved {
+    let slice: EndpointSlice = serde_json::from_value(object).expect("a slice");
+    let offset = WallOffset::fixed(0, BootNs(0));
+    let ClusterFact::Slice(observed) = slice.observed(AT, offset) else {
+        panic!("a slice gives a slice fact")
+    };
+    observed
+}
+
+#[test]
+fn every_endpoint_has_its_service_port_pod_and_conditions() {
+    let slice = see(slice());
+    assert_eq!((slice.at, &*slice.slice), (AT, "default/web-vtd96"));
+    let [first, second] = &slice.endpoints[..] else { panic!("two endpoints") };
+    assert_eq!(&*first.service.0, "default/web:http");
+    assert_eq!((first.address.to_string(), first.port), ("10.244.0.18".to_owned(), 8080));
+    assert_eq!(first.conditions, Conditions { ready: true, serving: true, terminating: false });
+    assert_eq!(second.conditions, Conditions { ready: false, serving: true, terminating: true });
+    assert_eq!(second.node.as_deref(), Some("node-2"));
+    let pod = second.pod.as_ref().expect("a pod");
+    assert_eq!((&*pod.uid.0, &*pod.namespace, &*pod.name), ("ub", "default", "web-b"));
+}
+
+#[test]
+fn a_port_without_a_name_is_the_service_itself() {
+    let mut object = slice();
+    object["ports"] = json!([{"name": "", "port": 53, "protocol": "UDP"}]);
+    let slice = see(object);
+    assert_eq!(&*slice.endpoints[0].service.0, "default/web");
+    assert_eq!(slice.endpoints[0].protocol, Protocol::Udp);
+}
+
+#[test]
+fn every_port_of_an_endpoint_counts() {
+    let mut object = slice();
+    object["ports"] = json!([{"name": "a", "port": 1}, {"name": "b", "port": 2}, {"name": "all"}]);
+    assert_eq!(see(object).endpoints.len(), 4);
+}
+
+#[test]
+fn omitted_conditions_take_the_defaults_of_the_api() {
+    let mut object = slice();
+    object["endpoints"] = json!([{"addresses": ["fd00::1"]}]);
+    let slice = see(object);
+    let expected = Conditions { ready: true, serving: true, terminating: false };
+    assert_eq!(slice.endpoints[0].conditions, expected);
+    assert_eq!((&slice.endpoints[0].pod, &slice.endpoints[0].node), (&None, &None));
+}
+
+#[test]
+fn a_slice_of_a_scaled_down_service_has_null_lists() {
+    let mut object = slice();
+    object["endpoints"] = Value::Null;
+    object["ports"] = Value::Null;
+    assert_eq!(see(object).endpoints, []);
+}
+
+#[test]
+fn host_names_and_slices_without_a_service_have_no_endpoints() {
+    let mut object = slice();
+    object["addressType"] = json!("FQDN");
+    object["endpoints"] = json!([{"addresses": ["db.example.com"]}]);
+    assert_eq!(see(object).endpoints, []);
+    let mut object = slice();
+    object["metadata"]["labels"] = json!({"app": "web"});
+    assert_eq!(see(object).endpoints, []);
+}
+
+#[test]
+fn a_target_that_is_no_pod_is_nobody() {
+    let mut object = slice();
+    object["endpoints"][0]["targetRef"] = json!({"kind": "Node", "name": "n", "uid": "u"});
+    assert_eq!(see(object).endpoints[0].pod, None);
+}

@@ -1,0 +1,297 @@
+//! One list-and-watch of the API server, kept up for as long as the daemon runs.
+//!
+//! `kube::runtime::watcher` hides three things that the evidence depends on: when a broken watch is
+//! open again, bookmarks (the proof that a quiet watch is alive), and which objects a re-list no
+//! longer has. So this loop is built on the client's list and watch requests instead, with the
+//! runtime's backoff. It also lets the objects be our own small types.
+//!
+//! It never drops a fact: a full channel makes the watch wait.
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::fmt::Debug;
+use std::pin::pin;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use futures::TryStreamExt as _;
+use kube::api::{ListParams, WatchEvent, WatchParams};
+use kube::core::{ObjectList, Request};
+use kube::runtime::watcher::DefaultBackoff;
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
+use tracing::{debug, warn};
+
+use crate::clock::{self, WallOffset};
+use crate::facts::{Blindness, BootNs, ClusterFact};
+use crate::readiness::Item;
+
+/// How long the server is asked to keep one watch open. Client-go uses 5 to 10 minutes; below 5
+/// also satisfies load balancers that cut a connection after 5 minutes.
+const WATCH_SECONDS: u32 = 290;
+
+/// How long a watch may be silent before the connection counts as dead: the server should have
+/// ended it by then.
+const SILENCE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 5);
+
+/// How long a list or the opening of a watch may take before it counts as failed (client-go's
+/// request timeout for lists is 60 s).
+const ANSWER: Duration = Duration::from_mins(1);
+
+/// Objects per page of a list, as client-go: it bounds the memory that a list needs. Without a
+/// resourceVersion the answer is never older than what a watch has already seen (and comes from
+/// the server's cache all the same, from Kubernetes 1.31 on).
+const PAGE: u32 = 500;
+
+/// After a gap the server replays what was missed at once, without marking where the replay ends.
+/// Events within this time of the resumption may therefore be late. A replay of some hundred
+/// events takes well under it.
+const REPLAY: Duration = Duration::from_secs(1);
+
+/// The pause between two watches that is not blindness. An ordinary reconnect, every
+/// [`WATCH_SECONDS`], takes some milliseconds; only an event inside the pause is late, by no more
+/// than the pause.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// A watch that the server ends sooner than this is not the ordinary timeout: the next attempt
+/// waits, or a confused server would be asked in a tight loop.
+const SHORTEST: Duration = Duration::from_secs(1);
+
+/// A kind of object that can be watched.
+pub(super) trait Watched: Clone + Debug + DeserializeOwned + Send + 'static {
+    /// What stays the same over the object's life, and never names another.
+    type Key: Clone + Ord + Send;
+    /// The watch's name, for a person.
+    const NAME: &'static str;
+    /// The collection's path at the API server.
+    const PATH: &'static str;
+    /// This object's key.
+    fn key(&self) -> Self::Key;
+    /// `metadata.resourceVersion`
+    fn resource_version(&self) -> &str;
+    /// What it says, seen at `at`.
+    fn observed(&self, at: BootNs, offset: WallOffset) -> ClusterFact;
+    /// That the object with this key is gone, seen at `at`.
+    fn removed(key: Self::Key, at: BootNs) -> ClusterFact;
+}
+
+/// Watches one collection and reports into `facts`.
+pub(super) struct Watch<K: Watched> {
+    client: kube::Client,
+    selector: Option<String>,
+    facts: mpsc::Sender<ClusterFact>,
+    readiness: Item,
+    /// Where to resume; `None` when a list is needed.
+    version: Option<String>,
+    /// The objects that exist as far as this watch knows.
+    known: BTreeSet<K::Key>,
+    /// The last moment up to which nothing was missed; `None` before the first list.
+    good: Option<BootNs>,
+    /// Whether something was missed since, until the watch is open again.
+    interrupted: bool,
+}
+
+impl<K: Watched> Watch<K> {
+    pub(super) fn new(
+        client: kube::Client,
+        selector: Option<String>,
+        facts: mpsc::Sender<ClusterFact>,
+        readiness: Item,
+    ) -> Self {
+        Self {
+            client,
+            selector,
+            facts,
+            readiness,
+            version: None,
+            known: BTreeSet::new(),
+            good: None,
+            interrupted: false,
+        }
+    }
+
+    /// Returns only when nobody receives the facts any more.
+    pub(super) async fn run(mut self) {
+        let mut backoff = DefaultBackoff::default();
+        while !self.facts.is_closed() {
+            let outcome = match self.version.clone() {
+                None => self.list().await,
+                Some(version) => self.follow(&version).await,
+            };
+            let Err(error) = outcome else { continue };
+            warn!("{}: {error:#}", K::NAME);
+            self.readiness.down(format!("{error:#}"));
+            self.interrupted = true;
+            self.blind_until(clock::now()).await;
+            sleep(backoff.next().unwrap_or(ANSWER)).await;
+        }
+    }
+
+    /// Reads the whole collection; objects known before that it lacks were removed unseen.
+    async fn list(&mut self) -> anyhow::Result<()> {
+        let mut listed = BTreeSet::new();
+        let mut params = ListParams {
+            field_selector: self.selector.clone(),
+            limit: Some(PAGE),
+            ..ListParams::default()
+        };
+        loop {
+            let request = Request::new(K::PATH).list(&params).context("list request")?;
+            let page: ObjectList<K> = timeout(ANSWER, self.client.request(request))
+                .await
+                .map_err(|_elapsed| anyhow!("no answer to the list within {ANSWER:?}"))?
+                .map_err(|error| explain("cannot list", error))?;
+            let (at, offset) = (clock::now(), WallOffset::measure());
+            for object in &page.items {
+                listed.insert(object.key());
+                self.send(object.observed(at, offset)).await;
+            }
+            params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
+            if params.continue_token.is_none() {
+                let version = page.metadata.resource_version.filter(|version| !version.is_empty());
+                self.version = Some(version.context("the list has no resourceVersion")?);
+                break;
+            }
+        }
+        self.listed(listed).await;
+        Ok(())
+    }
+
+    async fn listed(&mut self, listed: BTreeSet<K::Key>) {
+        let at = clock::now();
+        for key in self.known.difference(&listed).cloned().collect::<Vec<_>>() {
+            self.send(K::removed(key, at)).await;
+        }
+        self.known = listed;
+        self.blind_until(at).await;
+        self.good = Some(at);
+        self.interrupted = false;
+    }
+
+    /// Follows one watch to its end. `Ok` when the server ended it in order.
+    async fn follow(&mut self, version: &str) -> anyhow::Result<()> {
+        let params = WatchParams {
+            field_selector: self.selector.clone(),
+            timeout: Some(WATCH_SECONDS),
+            bookmarks: true,
+            ..WatchParams::default()
+        };
+        let request = Request::new(K::PATH).watch(&params, version).context("watch request")?;
+        let events = timeout(ANSWER, self.client.request_events::<K>(request))
+            .await
+            .map_err(|_elapsed| anyhow!("no answer to the watch within {ANSWER:?}"))?
+            .map_err(|error| self.failed("cannot watch", error))?;
+        let opened = clock::now();
+        self.opened(opened).await;
+        let mut events = pin!(events);
+        loop {
+            let event = timeout(SILENCE, events.try_next()).await;
+            let at = clock::now();
+            match event {
+                Err(_elapsed) => bail!("no word from the API server for {SILENCE:?}"),
+                Ok(Err(error)) => return Err(self.failed("the watch broke", error)),
+                Ok(Ok(Some(event))) => self.take(event, at).await?,
+                Ok(Ok(None)) if at.seconds_since(opened) < SHORTEST.as_secs_f64() => {
+                    bail!("the API server ended the watch at once")
+                }
+                Ok(Ok(None)) => {
+                    self.good = Some(at);
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    async fn opened(&mut self, at: BootNs) {
+        let pause = self.good.map_or(0.0, |good| at.seconds_since(good));
+        self.interrupted |= pause > PAUSE.as_secs_f64();
+        self.blind_until(at.plus(REPLAY)).await;
+        self.interrupted = false;
+        self.good = Some(at);
+        self.readiness.up();
+        debug!("{} open", K::NAME);
+    }
+
+    async fn take(&mut self, event: WatchEvent<K>, at: BootNs) -> anyhow::Result<()> {
+        match event {
+            WatchEvent::Added(object) | WatchEvent::Modified(object) => {
+                self.known.insert(object.key());
+                self.version = Some(object.resource_version().to_owned());
+                self.send(object.observed(at, WallOffset::measure())).await;
+            }
+            WatchEvent::Deleted(object) => {
+                self.known.remove(&object.key());
+                self.version = Some(object.resource_version().to_owned());
+                // A forced delete sets the deletion and removes the object in one step: only this
+                // last state tells it from an ordinary end.
+                self.send(object.observed(at, WallOffset::measure())).await;
+                self.send(K::removed(object.key(), at)).await;
+            }
+            WatchEvent::Bookmark(bookmark) => {
+                self.version = Some(bookmark.metadata.resource_version);
+            }
+            WatchEvent::Error(status) => {
+                return Err(self.failed("the watch broke", kube::Error::Api(status)));
+            }
+        }
+        self.good = Some(at);
+        Ok(())
+    }
+
+    /// Words for a failure, and a list the next time when the server no longer has our version.
+    fn failed(&mut self, what: &str, error: kube::Error) -> anyhow::Error {
+        if matches!(&error, kube::Error::Api(status) if status.code == 410) {
+            self.version = None;
+        }
+        explain(what, error)
+    }
+
+    /// Reports, after an interruption, that changes up to `until` may be missing or late. Nothing
+    /// was known before the first list, so nothing can have been missed.
+    async fn blind_until(&mut self, until: BootNs) {
+        let from = self.good.filter(|good| self.interrupted && *good < until);
+        if let Some(from) = from {
+            self.send(ClusterFact::Blind(Blindness { from, until, source: K::NAME })).await;
+            self.good = Some(until);
+        }
+    }
+
+    async fn send(&self, fact: ClusterFact) {
+        if self.facts.send(fact).await.is_err() {
+            debug!("{}: nobody listens any more", K::NAME);
+        }
+    }
+}
+
+/// The API server's own words where it has any: they say what a person must change.
+fn explain(what: &str, error: kube::Error) -> anyhow::Error {
+    match error {
+        kube::Error::Api(status) if status.code == 401 || status.code == 403 => anyhow!(
+            "{what}: {} (HTTP {}): check the ServiceAccount's ClusterRole",
+            status.message,
+            status.code
+        ),
+        kube::Error::Api(status) => anyhow!("{what}: {} (HTTP {})", status.message, status.code),
+        error => anyhow!("{what}: {}", words(&error)),
+    }
+}
+
+/// An error with its causes on one line, each once: many of the client's errors print their cause
+/// themselves, and a parser's shows the file below its first line.
+pub(super) fn words(error: &dyn Error) -> String {
+    let first_line = |error: &dyn Error| error.to_string().lines().next().map(str::to_owned);
+    let mut words = first_line(error).unwrap_or_default();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        if let Some(inner) = first_line(error).filter(|inner| !words.contains(inner)) {
+            words = format!("{words}: {inner}");
+        }
+        cause = error.source();
+    }
+    words
+}
+
+#[cfg(test)]
+#[path = "watch_tests.rs"]
+mod tests;

@@ -1,0 +1,255 @@
+//! The watch against a small server that answers each request from a script.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::State;
+use axum::http::{StatusCode, Uri};
+use axum::response::{IntoResponse as _, Response};
+use futures::StreamExt as _;
+use serde_json::{Value, json};
+use tokio::sync::mpsc::Receiver;
+
+use super::super::pod::Pod;
+use super::*;
+use crate::readiness::Readiness;
+
+/// What the server answers to the next request.
+enum Answer {
+    /// A status and a whole body.
+    Whole(u16, Value),
+    /// Watch events, after which the stream stays open.
+    Open(Vec<Value>),
+    /// Watch events, after which the server ends the stream a little later than [`SHORTEST`].
+    Ended(Vec<Value>),
+}
+
+#[derive(Clone, Default)]
+struct Script {
+    answers: Arc<Mutex<VecDeque<Answer>>>,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+async fn answer(State(script): State<Script>, uri: Uri) -> Response {
+    script.asked.lock().expect("no panic").push(uri.query().unwrap_or_default().to_owned());
+    let next = script.answers.lock().expect("no panic").pop_front();
+    let lines = |events: Vec<Value>| {
+        let lines: Vec<String> = events.iter().map(ToString::to_string).collect();
+        futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(lines.join("\n") + "\n"))])
+    };
+    match next {
+        Some(Answer::Whole(status, body)) => {
+            let status = StatusCode::from_u16(status).expect("a status");
+            (status, axum::Json(body)).into_response()
+        }
+        Some(Answer::Open(events)) => {
+            Body::from_stream(lines(events).chain(futures::stream::pending())).into_response()
+        }
+        Some(Answer::Ended(events)) => {
+            let end = futures::stream::once(async {
+                sleep(SHORTEST + Duration::from_millis(50)).await;
+                Ok(Bytes::new())
+            });
+            Body::from_stream(lines(events).chain(end)).into_response()
+        }
+        None => Body::from_stream(lines(vec![]).chain(futures::stream::pending())).into_response(),
+    }
+}
+
+struct Bench {
+    script: Script,
+    facts: Receiver<ClusterFact>,
+    item: Item,
+    readiness: Readiness,
+}
+
+async fn watch(answers: Vec<Answer>) -> Bench {
+    let script = Script::default();
+    script.answers.lock().expect("no panic").extend(answers);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("bound");
+    let server = Router::new().fallback(answer).with_state(script.clone());
+    tokio::spawn(async move { axum::serve(listener, server).await });
+    let url = format!("http://{address}").parse().expect("a URL");
+    let client = kube::Client::try_from(kube::Config::new(url)).expect("a client");
+    let (sender, facts) = mpsc::channel(4);
+    let readiness = Readiness::default();
+    let item = readiness.expect(Pod::NAME, "not synced yet");
+    let selector = Some("spec.nodeName=node-1".to_owned());
+    tokio::spawn(Watch::<Pod>::new(client, selector, sender, item.clone()).run());
+    Bench { script, facts, item, readiness }
+}
+
+impl Bench {
+    /// The next fact in words, with a deadline so that a missing one fails rather than hangs.
+    async fn next(&mut self) -> String {
+        let fact =
+            timeout(Duration::from_secs(10), self.facts.recv()).await.expect("a fact in time");
+        match fact.expect("the watch runs") {
+            ClusterFact::Pod(pod) => format!("pod {}", pod.uid),
+            ClusterFact::PodRemoved { uid, .. } => format!("removed {uid}"),
+            ClusterFact::Slice(slice) => format!("slice {}", slice.slice),
+            ClusterFact::Blind(Blindness { from, until, source }) => {
+                assert!(from < until, "a span has a length");
+                format!("blind {source}")
+            }
+        }
+    }
+
+    fn asked(&self) -> Vec<String> {
+        self.script.asked.lock().expect("no panic").clone()
+    }
+
+    async fn ready(&self) {
+        for _ in 0..500 {
+            if self.readiness.missing().is_empty() {
+                return;
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        panic!("not ready: {:?}", self.readiness.missing());
+    }
+}
+
+fn pod(uid: &str, version: &str) -> Value {
+    json!({"metadata": {"name": uid, "namespace": "d", "uid": uid, "resourceVersion": version}})
+}
+
+fn list(version: &str, next: &str, items: &[Value]) -> Answer {
+    let body = json!({
+        "kind": "PodList", "apiVersion": "v1",
+        "metadata": {"resourceVersion": version, "continue": next}, "items": items
+    });
+    Answer::Whole(200, body)
+}
+
+fn event(kind: &str, object: &Value) -> Value {
+    json!({"type": kind, "object": object})
+}
+
+fn bookmark(version: &str) -> Value {
+    event(
+        "BOOKMARK",
+        &json!({"kind": "Pod", "apiVersion": "v1", "metadata": {"resourceVersion": version}}),
+    )
+}
+
+fn expired() -> Value {
+    json!({
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+        "message": "too old resource version: 9 (12)", "reason": "Expired", "code": 410
+    })
+}
+
+#[tokio::test]
+async fn lists_all_pages_of_this_node_then_watches_from_there() {
+    let mut bench = watch(vec![
+        list("5", "more", &[pod("a", "1")]),
+        list("6", "", &[pod("b", "2")]),
+        Answer::Open(vec![event("ADDED", &pod("c", "7")), event("DELETED", &pod("a", "8"))]),
+    ])
+    .await;
+    for expected in ["pod a", "pod b", "pod c", "pod a", "removed a"] {
+        assert_eq!(bench.next().await, expected);
+    }
+    let asked = bench.asked();
+    assert!(asked.iter().all(|query| query.contains("fieldSelector=spec.nodeName%3Dnode-1")));
+    assert!(!asked[0].contains("resourceVersion"), "a list must not be older than a watch");
+    assert!(asked[1].contains("continue=more"), "{asked:?}");
+    assert!(asked[2].contains("resourceVersion=6"), "{asked:?}");
+    assert_eq!(bench.item.failures(), 0);
+}
+
+#[tokio::test]
+async fn an_expired_version_is_listed_again_and_what_is_missing_was_removed() {
+    let mut bench = watch(vec![
+        list("5", "", &[pod("a", "1"), pod("b", "2")]),
+        Answer::Open(vec![event("ERROR", &expired())]),
+        list("20", "", &[pod("b", "2"), pod("c", "19")]),
+        Answer::Open(vec![]),
+    ])
+    .await;
+    for expected in
+        ["pod a", "pod b", "blind pod watch", "pod b", "pod c", "removed a", "blind pod watch"]
+    {
+        assert_eq!(bench.next().await, expected);
+    }
+    bench.ready().await;
+    assert_eq!(bench.item.failures(), 1);
+}
+
+#[tokio::test]
+async fn an_expired_version_at_the_opening_of_a_watch_is_listed_again_too() {
+    let mut bench = watch(vec![
+        list("5", "", &[pod("a", "1")]),
+        Answer::Whole(410, expired()),
+        list("20", "", &[]),
+    ])
+    .await;
+    for expected in ["pod a", "blind pod watch", "removed a", "blind pod watch"] {
+        assert_eq!(bench.next().await, expected);
+    }
+}
+
+#[tokio::test]
+async fn a_watch_that_the_server_ends_resumes_from_its_bookmark_without_blindness() {
+    let mut bench = watch(vec![
+        list("5", "", &[pod("a", "1")]),
+        Answer::Ended(vec![bookmark("42")]),
+        Answer::Open(vec![event("MODIFIED", &pod("a", "43"))]),
+    ])
+    .await;
+    assert_eq!(bench.next().await, "pod a");
+    assert_eq!(bench.next().await, "pod a");
+    assert!(bench.asked()[2].contains("resourceVersion=42"), "{:?}", bench.asked());
+    assert_eq!(bench.item.failures(), 0);
+}
+
+#[tokio::test]
+async fn a_server_error_is_shown_then_the_watch_resumes_where_it_was() {
+    let mut bench = watch(vec![
+        list("5", "", &[pod("a", "1")]),
+        Answer::Whole(500, json!({"kind": "Status", "message": "etcd is away", "code": 500})),
+        Answer::Open(vec![event("MODIFIED", &pod("a", "9"))]),
+    ])
+    .await;
+    assert_eq!(bench.next().await, "pod a");
+    assert_eq!(bench.next().await, "blind pod watch");
+    let missing = bench.readiness.missing();
+    assert_eq!(missing[0].to_string(), "pod watch: cannot watch: etcd is away (HTTP 500)");
+    assert_eq!(bench.next().await, "blind pod watch");
+    assert_eq!(bench.next().await, "pod a");
+    bench.ready().await;
+    assert!(bench.asked()[2].contains("resourceVersion=5"), "{:?}", bench.asked());
+}
+
+#[tokio::test]
+async fn a_refused_first_list_names_the_permission_and_reports_no_blindness() {
+    let forbidden = json!({"kind": "Status", "message": "pods is forbidden", "code": 403});
+    let mut bench =
+        watch(vec![Answer::Whole(403, forbidden), list("5", "", &[pod("a", "1")])]).await;
+    assert_eq!(bench.next().await, "pod a");
+    assert_eq!(bench.item.failures(), 1);
+    assert_eq!(bench.asked().len(), 2);
+}
+
+#[tokio::test]
+async fn a_full_channel_makes_the_watch_wait_and_drops_nothing() {
+    let pods: Vec<Value> = (0..50).map(|n| pod(&n.to_string(), "1")).collect();
+    let mut bench = watch(vec![list("5", "", &pods)]).await;
+    sleep(Duration::from_millis(100)).await;
+    for n in 0..50 {
+        assert_eq!(bench.next().await, format!("pod {n}"));
+    }
+}
+
+#[test]
+fn a_cause_that_is_already_told_is_not_told_twice() {
+    let io = || std::io::Error::other("connection refused");
+    let told = kube::Error::ReadEvents(io());
+    assert_eq!(words(&told), "Error reading events stream: connection refused");
+    let untold = anyhow::Error::new(io()).context("cannot connect");
+    assert_eq!(words(untold.as_ref()), "cannot connect: connection refused");
+}

@@ -1,0 +1,198 @@
+//! Kernel and dataplane facts, kept under the keys they come with until a timeline asks for them:
+//! whose they are may become known later.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use super::assemble::Pods;
+use crate::facts::{
+    Arrivals, Backend, BackendChange, BackendStep, Blindness, BootNs, Happening, KernelEvent,
+    Origin, Outcome, PodUid,
+};
+
+/// The network namespace of a pod, which tells apart pods that share an address over time.
+pub(super) type Netns = u64;
+
+/// A listener's step: when, on which port, which socket, opened or closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Listener {
+    /// When the hook ran.
+    pub(super) at: BootNs,
+    /// The local port.
+    pub(super) port: u16,
+    /// The socket.
+    pub(super) socket: u64,
+    /// Opened (true) or closed.
+    pub(super) opened: bool,
+}
+
+/// Something that happened to a process of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct ProcessFact {
+    /// When the hook ran.
+    pub(super) at: BootNs,
+    /// The container.
+    pub(super) cgroup_id: u64,
+    /// The process.
+    pub(super) pid: u32,
+    /// A signal or the exit.
+    pub(super) what: ProcessStep,
+}
+
+/// What happened to a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum ProcessStep {
+    /// SIGTERM was sent to it.
+    Terminated,
+    /// SIGKILL was sent to it.
+    Killed,
+    /// It ended.
+    Exited,
+}
+
+/// Identifies one exact count of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct CountKey {
+    /// The pod's address.
+    pub(super) address: IpAddr,
+    /// Its network namespace.
+    pub(super) netns: Netns,
+    /// Its port.
+    pub(super) port: u16,
+    /// Accepted or refused.
+    pub(super) outcome: Outcome,
+    /// Where the connections came from.
+    pub(super) origin: Origin,
+}
+
+/// One exact count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Count {
+    /// How many.
+    pub(super) count: u64,
+    /// The latest.
+    pub(super) last: BootNs,
+}
+
+/// Refusals at one address: when, the peer, the local port; and how many were suppressed before.
+pub(super) type Refusals = BTreeMap<(BootNs, SocketAddr, u16), u32>;
+
+/// What one backend did, with the uncertainty of each step.
+pub(super) type BackendSteps = BTreeMap<BootNs, (BackendStep, Duration)>;
+
+/// All facts that no pod UID came with.
+#[derive(Default)]
+pub(super) struct Evidence {
+    /// Whose network namespace it is, from sockets and processes in a pod's cgroup.
+    /// With the latest event that says so.
+    pub(super) netns_to_pods: BTreeMap<Netns, BTreeMap<PodUid, BootNs>>,
+    /// Listeners per network namespace.
+    pub(super) listeners: BTreeMap<Netns, BTreeSet<Listener>>,
+    /// Signals and exits per pod.
+    pub(super) processes: BTreeMap<PodUid, BTreeSet<ProcessFact>>,
+    /// Refusals reported in detail: when and to whom, with the like events suppressed before.
+    pub(super) refusals: BTreeMap<(IpAddr, Netns), Refusals>,
+    /// The kernel's counts, the latest reading of each.
+    pub(super) counts: BTreeMap<CountKey, Count>,
+    /// Steps of every backend of this node.
+    pub(super) backends: BTreeMap<IpAddr, BTreeMap<Backend, BackendSteps>>,
+    /// Spans during which a source may have missed something.
+    pub(super) blind: BTreeSet<Blindness>,
+}
+
+impl Evidence {
+    /// Takes one kernel event. Those that are no part of a timeline are left to the caller.
+    pub(super) fn record_event(&mut self, event: &KernelEvent) {
+        if let Some(pod) = &event.pod
+            && event.netns_cookie != 0
+        {
+            let pods = self.netns_to_pods.entry(event.netns_cookie).or_default();
+            let latest = pods.entry(pod.clone()).or_insert(event.at);
+            *latest = event.at.max(*latest);
+        }
+        match event.happening {
+            Happening::ListenerOpened => self.record_listener(event, true),
+            Happening::ListenerClosed => self.record_listener(event, false),
+            Happening::Refused => {
+                let key = (event.local.ip(), event.netns_cookie);
+                let refusal = (event.at, event.remote, event.local.port());
+                self.refusals.entry(key).or_default().insert(refusal, event.suppressed);
+            }
+            Happening::Signalled { number: 15 } => {
+                self.record_process(event, ProcessStep::Terminated);
+            }
+            Happening::Signalled { number: 9 } => self.record_process(event, ProcessStep::Killed),
+            Happening::Exited => self.record_process(event, ProcessStep::Exited),
+            _ => {}
+        }
+    }
+
+    fn record_listener(&mut self, event: &KernelEvent, opened: bool) {
+        let listener =
+            Listener { at: event.at, port: event.local.port(), socket: event.socket, opened };
+        self.listeners.entry(event.netns_cookie).or_default().insert(listener);
+    }
+
+    fn record_process(&mut self, event: &KernelEvent, what: ProcessStep) {
+        if let Some(pod) = &event.pod {
+            let fact =
+                ProcessFact { at: event.at, cgroup_id: event.cgroup_id, pid: event.pid, what };
+            self.processes.entry(pod.clone()).or_default().insert(fact);
+        }
+    }
+
+    /// Takes a reading of a cumulative count.
+    pub(super) fn record_arrivals(&mut self, arrivals: &Arrivals) {
+        let key = CountKey {
+            address: arrivals.address,
+            netns: arrivals.netns_cookie,
+            port: arrivals.port,
+            outcome: arrivals.outcome,
+            origin: arrivals.origin,
+        };
+        let count = self.counts.entry(key).or_insert(Count { count: 0, last: BootNs(0) });
+        count.count = count.count.max(arrivals.count);
+        count.last = count.last.max(arrivals.last);
+    }
+
+    /// Takes a change of the node's backends.
+    pub(super) fn record_backend(&mut self, change: BackendChange) {
+        let steps = self.backends.entry(change.backend.address).or_default();
+        steps
+            .entry(change.backend)
+            .or_default()
+            .insert(change.at, (change.step, change.uncertainty));
+    }
+
+    /// Drops what happened before `horizon`, but for each backend's latest step and for the
+    /// namespaces of `living` pods.
+    pub(super) fn forget_before(&mut self, horizon: BootNs, living: &Pods) {
+        self.blind.retain(|blind| blind.until >= horizon);
+        self.netns_to_pods.retain(|_, pods| {
+            pods.retain(|pod, latest| *latest >= horizon || living.contains_key(pod));
+            !pods.is_empty()
+        });
+        self.listeners.retain(|_, steps| {
+            steps.retain(|listener| listener.at >= horizon);
+            !steps.is_empty()
+        });
+        self.processes.retain(|_, facts| {
+            facts.retain(|fact| fact.at >= horizon);
+            !facts.is_empty()
+        });
+        self.refusals.retain(|_, refusals| {
+            refusals.retain(|(at, _, _), _| *at >= horizon);
+            !refusals.is_empty()
+        });
+        self.backends.retain(|_, backends| {
+            backends.retain(|_, steps| {
+                let Some((latest, (step, _))) = steps.last_key_value() else { return false };
+                let (latest, step) = (*latest, *step);
+                steps.retain(|at, _| *at >= horizon || *at == latest);
+                step == BackendStep::Added || latest >= horizon
+            });
+            !backends.is_empty()
+        });
+    }
+}

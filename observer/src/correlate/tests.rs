@@ -1,0 +1,528 @@
+//! The correlator by scenario, and by property: any order, any repetition, the same timelines.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::facts::{
+    Backend, BackendStep, Conditions, Deletion, Endpoint, Happening, Origin, PodObserved, Protocol,
+    ServicePort, SliceObserved, TargetPod,
+};
+
+const POD: &str = "aaaaaaaa-0000-0000-0000-000000000001";
+const REUSER: &str = "bbbbbbbb-0000-0000-0000-000000000002";
+const OTHER: &str = "cccccccc-0000-0000-0000-000000000003";
+const SERVICE: &str = "shop/web:http";
+
+/// Milliseconds after an arbitrary moment well after boot.
+fn at(ms: u64) -> BootNs {
+    BootNs(3_600_000_000_000 + ms * 1_000_000)
+}
+
+fn uid(name: &str) -> PodUid {
+    PodUid(Arc::from(name))
+}
+
+fn address(last: u8) -> IpAddr {
+    IpAddr::from([10, 244, 0, last])
+}
+
+/// One fact of any source, so that a test can shuffle them.
+#[derive(Clone, Debug)]
+enum Fact {
+    Cluster(ClusterFact),
+    Endpoint(EndpointStep),
+    Backend(BackendChange),
+    Kernel(KernelEvent),
+    Arrivals(Arrivals),
+}
+
+fn record(correlator: &mut Correlator, fact: Fact) {
+    match fact {
+        Fact::Cluster(fact) => correlator.record_cluster(fact),
+        Fact::Endpoint(step) => correlator.record_endpoint(step),
+        Fact::Backend(change) => correlator.record_backend(change),
+        Fact::Kernel(event) => correlator.record_kernel(&event),
+        Fact::Arrivals(arrivals) => correlator.record_arrivals(&arrivals),
+    }
+}
+
+fn correlate(facts: impl IntoIterator<Item = Fact>) -> Correlator {
+    let mut correlator = Correlator::new("node-1");
+    for fact in facts {
+        record(&mut correlator, fact);
+    }
+    correlator
+}
+
+fn timeline(correlator: &Correlator, pod: &str) -> Timeline {
+    let mut timelines = correlator.timelines().into_iter().map(|(timeline, _)| timeline);
+    timelines.find(|timeline| *timeline.uid.0 == *pod).expect("a timeline of the pod")
+}
+
+/// A pod of this node, as its facts are told.
+#[derive(Clone, Copy)]
+struct Teller {
+    pod: &'static str,
+    address: u8,
+    netns: u64,
+}
+
+const TELLER: Teller = Teller { pod: POD, address: 7, netns: 70 };
+
+impl Teller {
+    fn observed(self, ms: u64, deletion: Option<Deletion>) -> Fact {
+        Fact::Cluster(ClusterFact::Pod(PodObserved {
+            at: at(ms),
+            uid: uid(self.pod),
+            namespace: Arc::from("shop"),
+            name: Arc::from(format!("web-{}", &self.pod[..4])),
+            workload: Workload { kind: Arc::from("Deployment"), name: Arc::from("web") },
+            addresses: vec![address(self.address)],
+            deletion,
+            pre_stop_sleep: None,
+            grace_period: Duration::from_secs(30),
+            ready: true,
+            ended: false,
+        }))
+    }
+
+    fn seen(self, ms: u64) -> Fact {
+        self.observed(ms, None)
+    }
+
+    fn deleted(self, ms: u64) -> Fact {
+        let not_before = at(ms - ms % 1_000);
+        self.observed(ms, Some(Deletion { not_before, grace: Duration::from_secs(30) }))
+    }
+
+    fn removed(self, ms: u64) -> Fact {
+        Fact::Cluster(ClusterFact::PodRemoved { at: at(ms), uid: uid(self.pod) })
+    }
+
+    fn endpoint(self, ms: u64, state: EndpointState, alone: bool) -> Fact {
+        Fact::Endpoint(EndpointStep {
+            at: at(ms),
+            pod: TargetPod {
+                uid: uid(self.pod),
+                namespace: Arc::from("shop"),
+                name: Arc::from(format!("web-{}", &self.pod[..4])),
+            },
+            node: Some(Arc::from("node-1")),
+            endpoint: EndpointKey {
+                service: ServicePort(Arc::from(SERVICE)),
+                protocol: Protocol::Tcp,
+                address: address(self.address),
+                port: 8080,
+            },
+            state,
+            alone,
+            first_sight: false,
+        })
+    }
+
+    fn backend(self, ms: u64, step: BackendStep) -> Fact {
+        self.backend_of(SERVICE, ms, step)
+    }
+
+    fn backend_of(self, service: &str, ms: u64, step: BackendStep) -> Fact {
+        Fact::Backend(BackendChange {
+            at: at(ms),
+            uncertainty: Duration::from_millis(1),
+            backend: Backend {
+                service: Some(ServicePort(Arc::from(service))),
+                protocol: Protocol::Tcp,
+                address: address(self.address),
+                port: 8080,
+            },
+            step,
+        })
+    }
+
+    fn kernel(self, ms: u64, happening: Happening) -> Fact {
+        self.kernel_on(ms, happening, 8080, 1)
+    }
+
+    fn kernel_on(self, ms: u64, happening: Happening, port: u16, socket: u64) -> Fact {
+        // Soft interrupts know the network namespace, not the pod.
+        let in_process = happening != Happening::Refused;
+        Fact::Kernel(KernelEvent {
+            at: at(ms),
+            happening,
+            pod: in_process.then(|| uid(self.pod)),
+            cgroup_id: if in_process { self.netns + 1 } else { 0 },
+            netns_cookie: self.netns,
+            local: SocketAddr::new(address(self.address), port),
+            remote: SocketAddr::new(address(200), 40_000),
+            pid: 4_242,
+            socket,
+            suppressed: 0,
+        })
+    }
+
+    fn arrivals(self, outcome: Outcome, count: u64, last_ms: u64) -> Fact {
+        Fact::Arrivals(Arrivals {
+            address: address(self.address),
+            netns_cookie: self.netns,
+            port: 8080,
+            outcome,
+            origin: Origin::Cluster,
+            count,
+            last: at(last_ms),
+        })
+    }
+
+    /// Deleted at 10.2 s, listener closed at 10.3 s, backend removed at 11.5 s, last refusal at
+    /// 11.4 s, gone at 12 s.
+    fn story(self) -> Vec<Fact> {
+        vec![
+            self.backend(500, BackendStep::Added),
+            self.seen(1_000),
+            self.kernel(1_100, Happening::ListenerOpened),
+            self.deleted(10_200),
+            self.endpoint(10_210, EndpointState::Terminating, false),
+            self.kernel(10_250, Happening::Signalled { number: 15 }),
+            self.kernel(10_300, Happening::ListenerClosed),
+            self.kernel(10_310, Happening::Exited),
+            self.kernel(10_400, Happening::Refused),
+            self.kernel(11_400, Happening::Refused),
+            self.arrivals(Outcome::Accepted, 90, 10_290),
+            self.arrivals(Outcome::Refused, 5, 11_400),
+            self.backend(11_500, BackendStep::Removed),
+            self.endpoint(11_900, EndpointState::Gone, false),
+            self.removed(12_000),
+        ]
+    }
+}
+
+fn assert_seconds(actual: Option<f64>, expected: f64) {
+    let actual = actual.expect("a figure");
+    assert!((actual - expected).abs() < 1e-6, "{actual} is not {expected}");
+}
+
+#[test]
+fn a_whole_termination_gives_every_figure() {
+    let timeline = timeline(&correlate(TELLER.story()), POD);
+    assert_seconds(timeline.gap_seconds(), 1.3);
+    assert_seconds(timeline.head_start_seconds(), 0.1);
+    assert_seconds(timeline.arrival_tail_seconds(), 1.2);
+    assert_seconds(timeline.needed_seconds(), 1.3);
+    assert_seconds(timeline.shortfall_seconds(), 1.2);
+    assert_seconds(timeline.drain_seconds(), 0.06);
+    assert_eq!(timeline.refused, 5);
+    assert_eq!(timeline.first_refused.map(|first| first.at), Some(at(10_400)));
+    assert_eq!(timeline.last_refused.map(|last| last.at), Some(at(11_400)));
+    assert_eq!(timeline.censored, Vec::<String>::new());
+    assert!(timeline.home);
+    let uncertainty = timeline.deletion_requested.and_then(|instant| instant.uncertainty);
+    assert_eq!(uncertainty, Some(Duration::from_millis(200)));
+}
+
+#[test]
+fn removal_seen_before_the_deletion_still_counts() {
+    let mut facts = vec![
+        TELLER.backend(500, BackendStep::Added),
+        TELLER.seen(1_000),
+        TELLER.deleted(10_200),
+        TELLER.endpoint(10_210, EndpointState::Terminating, false),
+        TELLER.backend(10_195, BackendStep::Removed),
+    ];
+    let forward = timeline(&correlate(facts.clone()), POD);
+    assert_seconds(forward.gap_seconds(), -0.005);
+    facts.reverse();
+    assert_eq!(timeline(&correlate(facts), POD), forward);
+}
+
+#[test]
+fn the_last_service_to_drop_the_pod_decides_the_gap() {
+    let mut facts = TELLER.story();
+    facts.push(TELLER.backend_of("shop/api:http", 600, BackendStep::Added));
+    let pending = timeline(&correlate(facts.clone()), POD);
+    assert_eq!(pending.backend_removed, None);
+    facts.push(TELLER.backend_of("shop/api:http", 12_500, BackendStep::Removed));
+    let done = timeline(&correlate(facts), POD);
+    assert_seconds(done.gap_seconds(), 2.3);
+    assert_eq!(done.removals.len(), 2);
+}
+
+#[test]
+fn a_backend_that_is_put_back_is_not_removed() {
+    let mut facts = TELLER.story();
+    facts.push(TELLER.backend(11_600, BackendStep::Added));
+    assert_eq!(timeline(&correlate(facts.clone()), POD).gap_seconds(), None);
+    facts.push(TELLER.backend(11_800, BackendStep::Removed));
+    assert_seconds(timeline(&correlate(facts), POD).gap_seconds(), 1.6);
+}
+
+#[test]
+fn a_pod_in_no_rule_has_no_gap_but_a_tail() {
+    let facts = TELLER.story().into_iter().filter(|fact| !matches!(fact, Fact::Backend(_)));
+    let timeline = timeline(&correlate(facts), POD);
+    assert_eq!(timeline.gap_seconds(), None);
+    assert_seconds(timeline.needed_seconds(), 1.2);
+}
+
+#[test]
+fn a_reused_address_blames_nobody_else() {
+    let reuser = Teller { pod: REUSER, address: 7, netns: 71 };
+    let mut facts = TELLER.story();
+    facts.extend([
+        // The rules know the new owner a little before our watch does.
+        reuser.backend(13_900, BackendStep::Added),
+        reuser.seen(14_000),
+        reuser.kernel(13_800, Happening::ListenerOpened),
+        reuser.arrivals(Outcome::Accepted, 10, 15_000),
+        reuser.kernel(13_700, Happening::Refused),
+        reuser.arrivals(Outcome::Refused, 1, 13_700),
+    ]);
+    let correlator = correlate(facts);
+    let first = timeline(&correlator, POD);
+    assert_seconds(first.gap_seconds(), 1.3);
+    assert_seconds(first.arrival_tail_seconds(), 1.2);
+    assert_eq!(first.refused, 5);
+    assert_eq!(correlator.timelines().len(), 1, "the new pod is not terminating");
+    let web = (Arc::from("shop"), Workload { kind: Arc::from("Deployment"), name: "web".into() });
+    assert_eq!(correlator.refused_by_workload().get(&web), Some(&6));
+}
+
+#[test]
+fn an_address_taken_over_while_still_in_the_rules_gives_no_gap() {
+    let reuser = Teller { pod: REUSER, address: 7, netns: 71 };
+    let mut facts: Vec<Fact> =
+        TELLER.story().into_iter().filter(|fact| !matches!(fact, Fact::Backend(_))).collect();
+    facts.extend([
+        TELLER.backend(500, BackendStep::Added),
+        reuser.seen(14_000),
+        reuser.backend(20_000, BackendStep::Removed),
+    ]);
+    assert_eq!(timeline(&correlate(facts), POD).gap_seconds(), None);
+}
+
+#[test]
+fn refusals_before_the_deletion_are_not_counted_to_it() {
+    let mut facts = TELLER.story();
+    // Not listening yet: two refusals at the start of its life, one of them not reported.
+    facts.push(TELLER.kernel(1_050, Happening::Refused));
+    facts.push(TELLER.arrivals(Outcome::Refused, 6, 11_400));
+    assert_eq!(timeline(&correlate(facts), POD).refused, 5);
+}
+
+#[test]
+fn other_ports_do_not_decide_the_head_start() {
+    let mut facts = TELLER.story();
+    facts.push(TELLER.kernel_on(10_220, Happening::ListenerClosed, 9_090, 2));
+    assert_seconds(timeline(&correlate(facts), POD).head_start_seconds(), 0.1);
+}
+
+#[test]
+fn a_listener_that_reopens_has_not_closed() {
+    let mut facts = TELLER.story();
+    facts.push(TELLER.kernel_on(10_305, Happening::ListenerOpened, 8_080, 2));
+    assert_eq!(timeline(&correlate(facts.clone()), POD).head_start_seconds(), None);
+    facts.push(TELLER.kernel_on(10_900, Happening::ListenerClosed, 8_080, 2));
+    assert_seconds(timeline(&correlate(facts), POD).head_start_seconds(), 0.7);
+}
+
+#[test]
+fn the_sandbox_killed_unasked_is_not_the_workload() {
+    let mut facts = TELLER.story();
+    let sandbox = |ms, happening| match TELLER.kernel(ms, happening) {
+        Fact::Kernel(event) => Fact::Kernel(KernelEvent { cgroup_id: 999, pid: 1, ..event }),
+        fact => fact,
+    };
+    facts.push(sandbox(11_950, Happening::Signalled { number: 9 }));
+    facts.push(sandbox(11_960, Happening::Exited));
+    let timeline = timeline(&correlate(facts), POD);
+    assert_eq!(timeline.sigkill, None);
+    assert_eq!(timeline.process_exited.map(|exited| exited.at), Some(at(10_310)));
+}
+
+#[test]
+fn what_is_no_sample_says_why() {
+    let forced = Deletion { not_before: at(10_000), grace: Duration::ZERO };
+    let facts = [TELLER.seen(1_000), TELLER.observed(10_200, Some(forced))];
+    assert_eq!(timeline(&correlate(facts), POD).censored, ["deleted with a grace period of 0"]);
+
+    let facts = [TELLER.deleted(10_200)];
+    assert_eq!(timeline(&correlate(facts), POD).censored, ["already terminating when first seen"]);
+
+    let facts = [TELLER.seen(1_000), TELLER.removed(10_000)];
+    assert_eq!(timeline(&correlate(facts), POD).censored, ["removed before its deletion was seen"]);
+
+    let facts = [
+        TELLER.seen(1_000),
+        TELLER.deleted(10_200),
+        TELLER.endpoint(10_210, EndpointState::Terminating, true),
+    ];
+    let censored = timeline(&correlate(facts), POD).censored;
+    assert_eq!(
+        censored,
+        ["no other endpoint of shop/web:http was ready: rules keep a terminating one by design"]
+    );
+
+    let mut correlator = correlate(TELLER.story());
+    let blind = |from, until| Blindness { from: at(from), until: at(until), source: "pod watch" };
+    correlator.record_blindness(blind(1_000, 5_000));
+    assert_eq!(timeline(&correlator, POD).censored, Vec::<String>::new());
+    correlator.record_blindness(blind(5_000, 11_000));
+    assert_eq!(timeline(&correlator, POD).censored, ["pod watch may have missed something"]);
+}
+
+#[test]
+fn a_pod_of_another_node_has_its_removal_only() {
+    let elsewhere = |fact| match fact {
+        Fact::Endpoint(step) => {
+            Fact::Endpoint(EndpointStep { node: Some("node-2".into()), ..step })
+        }
+        fact => fact,
+    };
+    let facts = [
+        TELLER.backend(500, BackendStep::Added),
+        elsewhere(TELLER.endpoint(10_210, EndpointState::Terminating, false)),
+        TELLER.backend(10_400, BackendStep::Removed),
+        elsewhere(TELLER.endpoint(12_000, EndpointState::Gone, false)),
+    ];
+    let mut correlator = correlate(facts);
+    let timeline = timeline(&correlator, POD);
+    assert!(!timeline.home);
+    assert_eq!(timeline.gap_seconds(), None, "the deletion is not known here");
+    assert_eq!(timeline.backend_removed.map(|removed| removed.at), Some(at(10_400)));
+    assert_eq!(correlator.advance(at(16_000)).len(), 1);
+}
+
+#[test]
+fn a_timeline_closes_once_when_nothing_more_is_expected() {
+    let mut correlator = correlate(TELLER.story());
+    assert_eq!(correlator.advance(at(14_900)), []);
+    assert_eq!(correlator.advance(at(15_000)).len(), 1);
+    assert_eq!(correlator.advance(at(16_000)), []);
+    assert_eq!(correlator.timelines().len(), 1);
+    // Its facts go after ten minutes, the timeline and the totals stay.
+    let before = correlator.refused_by_workload();
+    correlator.advance(at(700_000));
+    assert_eq!(correlator.local_addresses(), BTreeSet::new());
+    assert_eq!(correlator.timelines().len(), 1);
+    assert_eq!(correlator.refused_by_workload(), before);
+    // A late reading of the dropped pod's count neither returns nor doubles it.
+    record(&mut correlator, TELLER.arrivals(Outcome::Refused, 5, 11_400));
+    record(&mut correlator, Teller { pod: REUSER, address: 7, netns: 71 }.seen(700_100));
+    assert_eq!(correlator.refused_by_workload(), before);
+}
+
+#[test]
+fn a_backend_that_never_leaves_keeps_the_timeline_open_then_says_so() {
+    let facts = TELLER.story().into_iter().filter(
+        |fact| !matches!(fact, Fact::Backend(change) if change.step == BackendStep::Removed),
+    );
+    let mut correlator = correlate(facts);
+    assert_eq!(correlator.advance(at(20_000)), []);
+    let closed = correlator.advance(at(700_000));
+    assert_eq!(closed[0].censored, ["it did not end in time"]);
+}
+
+#[test]
+fn slices_give_steps_away_from_ready_only() {
+    let endpoint = |last: u8, ready, terminating| Endpoint {
+        service: ServicePort(Arc::from(SERVICE)),
+        protocol: Protocol::Tcp,
+        address: address(last),
+        port: 8080,
+        conditions: Conditions { ready, serving: true, terminating },
+        pod: Some(TargetPod {
+            uid: uid(if last == 7 { POD } else { OTHER }),
+            namespace: "shop".into(),
+            name: "web-x".into(),
+        }),
+        node: Some("node-1".into()),
+    };
+    let mut slices = Slices::default();
+    let mut observe = |ms, endpoints| {
+        let observed = SliceObserved { at: at(ms), slice: "shop/web-1".into(), endpoints };
+        slices
+            .observe(observed)
+            .into_iter()
+            .map(|step| (step.endpoint.address, step.state, step.alone))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(observe(0, vec![endpoint(7, true, false), endpoint(8, true, false)]), []);
+    assert_eq!(
+        observe(1, vec![endpoint(7, false, true), endpoint(8, true, false)]),
+        [(address(7), EndpointState::Terminating, false)]
+    );
+    assert_eq!(observe(2, vec![endpoint(7, false, true), endpoint(8, true, false)]), []);
+    assert_eq!(
+        observe(3, vec![endpoint(8, false, true)]),
+        [(address(8), EndpointState::Terminating, true), (address(7), EndpointState::Gone, true)]
+    );
+    assert_eq!(observe(4, vec![]), [(address(8), EndpointState::Gone, true)]);
+}
+
+/// Three terminations that overlap, two of them on one address, with jittered times.
+fn stories() -> impl Strategy<Value = Vec<Fact>> {
+    (0_u64..400, 0_u64..400, 14_000_u64..40_000).prop_map(|(early, late, reuse)| {
+        let shift = |facts: Vec<Fact>, by: u64| {
+            facts.into_iter().map(move |fact| shifted(fact, by)).collect::<Vec<_>>()
+        };
+        let mut facts = shift(TELLER.story(), early);
+        facts.extend(shift(Teller { pod: OTHER, address: 9, netns: 90 }.story(), late));
+        facts.extend(shift(Teller { pod: REUSER, address: 7, netns: 71 }.story(), reuse));
+        facts
+    })
+}
+
+fn shifted(fact: Fact, ms: u64) -> Fact {
+    let later = |at: BootNs| at.plus(Duration::from_millis(ms));
+    match fact {
+        Fact::Cluster(ClusterFact::Pod(mut pod)) => {
+            pod.at = later(pod.at);
+            if let Some(deletion) = &mut pod.deletion {
+                deletion.not_before = later(deletion.not_before);
+            }
+            Fact::Cluster(ClusterFact::Pod(pod))
+        }
+        Fact::Cluster(ClusterFact::PodRemoved { at, uid }) => {
+            Fact::Cluster(ClusterFact::PodRemoved { at: later(at), uid })
+        }
+        Fact::Endpoint(step) => Fact::Endpoint(EndpointStep { at: later(step.at), ..step }),
+        Fact::Backend(change) => Fact::Backend(BackendChange { at: later(change.at), ..change }),
+        Fact::Kernel(event) => Fact::Kernel(KernelEvent { at: later(event.at), ..event }),
+        Fact::Arrivals(arrivals) => {
+            Fact::Arrivals(Arrivals { last: later(arrivals.last), ..arrivals })
+        }
+        fact @ Fact::Cluster(_) => fact,
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_order_and_any_repetition_give_the_same_timelines(
+        (facts, shuffled, repeated) in stories().prop_flat_map(|facts| {
+            let repeats = proptest::sample::subsequence(facts.clone(), 0..facts.len());
+            (Just(facts.clone()), Just(facts).prop_shuffle(), repeats)
+        }),
+        advances in 0_usize..8,
+    ) {
+        let expected = correlate(facts.clone());
+        let mut actual = Correlator::new("node-1");
+        let mix: Vec<Fact> = shuffled.into_iter().chain(repeated).collect();
+        let pause = mix.len() / (advances + 1);
+        for (index, fact) in mix.into_iter().enumerate() {
+            if index % pause.max(1) == 0 {
+                // Time passes between arrivals, not enough for anything to close.
+                prop_assert_eq!(actual.advance(at(12_000)), vec![]);
+            }
+            record(&mut actual, fact);
+        }
+        prop_assert_eq!(actual.timelines(), expected.timelines());
+        prop_assert_eq!(actual.refused_by_workload(), expected.refused_by_workload());
+        prop_assert_eq!(expected.timelines().len(), 3);
+        for (timeline, _) in expected.timelines() {
+            assert_seconds(timeline.gap_seconds(), 1.3);
+            prop_assert_eq!(timeline.refused, 5);
+            prop_assert!(timeline.censored.is_empty());
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! iptables-legacy: the nat tables, read whole by getsockopt after each commit.
+//!
+//! The kernel says nothing of legacy commits over netlink; a kernel program reports them. Reading
+//! a table that does not exist would create it, so `/proc/net/ip_tables_names` is looked at first.
+
+mod blob;
+mod sockopt;
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use anyhow::Context as _;
+use nix::errno::Errno;
+
+use super::rules::{Family, Table};
+pub use blob::{Malformed, parse};
+
+/// A table may be replaced between asking for its size and reading it; kube-proxy replaces at
+/// most a few times per second.
+const ATTEMPTS: usize = 10;
+
+/// Whether a legacy nat table exists in this thread's network namespace. Reads two small files.
+#[must_use]
+pub fn legacy_tables_in_use() -> bool {
+    [Family::V4, Family::V6].into_iter().any(exists)
+}
+
+fn exists(family: Family) -> bool {
+    // Not /proc/net: that is the main thread's.
+    let path = match family {
+        Family::V4 => "/proc/thread-self/net/ip_tables_names",
+        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
+    };
+    // No such file: this kernel has no legacy tables.
+    fs::read_to_string(path).is_ok_and(|names| names.lines().any(|name| name == "nat"))
+}
+
+/// A legacy nat table as it was at one moment.
+#[derive(Debug, Default)]
+pub struct Reading {
+    /// The table, reduced; empty when there is none.
+    pub table: Table,
+    /// Its size in the kernel, in bytes.
+    pub size_bytes: usize,
+}
+
+/// Reads the legacy nat table of one IP version.
+#[derive(Debug)]
+pub struct Reader {
+    family: Family,
+    socket: OwnedFd,
+}
+
+impl Reader {
+    /// Opens a raw socket in this thread's network namespace; `None` when the kernel lacks this
+    /// IP version.
+    ///
+    /// # Errors
+    /// Usually that `CAP_NET_RAW` is missing.
+    pub fn open(family: Family) -> anyhow::Result<Option<Self>> {
+        match sockopt::open(family) {
+            Ok(socket) => Ok(Some(Self { family, socket })),
+            Err(Errno::EAFNOSUPPORT) => Ok(None),
+            Err(error) => {
+                Err(error).context("open a raw socket to read legacy iptables (needs CAP_NET_RAW)")
+            }
+        }
+    }
+
+    /// The table as it is now. Must be called in the network
+    /// namespace it was opened in. Blocks for as long as the kernel copies.
+    ///
+    /// # Errors
+    /// When `CAP_NET_ADMIN` is missing, the table cannot be understood, or it changes all the time.
+    pub fn read(&self) -> anyhow::Result<Reading> {
+        if !exists(self.family) {
+            return Ok(Reading::default());
+        }
+        for _ in 0..ATTEMPTS {
+            match sockopt::nat_table(&self.socket, self.family) {
+                Ok((info, entries)) => {
+                    let table = parse(self.family, &info, &entries)
+                        .ok()
+                        .context("the legacy nat table is not laid out as expected")?;
+                    return Ok(Reading { table, size_bytes: entries.len() });
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => {
+                    return Err(error).context("read the legacy nat table (needs CAP_NET_ADMIN)");
+                }
+            }
+        }
+        anyhow::bail!("the legacy nat table changed {ATTEMPTS} times while it was read")
+    }
+}

@@ -1,0 +1,63 @@
+//! The two getsockopt calls that copy a legacy table out of the kernel.
+#![expect(unsafe_code, reason = "no safe wrapper exists for these socket options")]
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+
+use super::blob::{INFO_BYTES, NAME_BYTES, table_bytes};
+use crate::dataplane::rules::Family;
+
+/// `IPT_SO_GET_INFO`, `IPT_SO_GET_ENTRIES`; the IPv6 ones have the same numbers.
+const GET_INFO: libc::c_int = 64;
+const GET_ENTRIES: libc::c_int = 65;
+/// `struct ipt_get_entries` up to the entries: the name, the size, padding.
+const ENTRIES_AT: usize = 40;
+const TABLE: &[u8] = b"nat";
+
+pub(super) fn open(family: Family) -> Result<OwnedFd, Errno> {
+    let family = match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    };
+    socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)
+}
+
+/// `ipt_getinfo` and the entries. `WouldBlock` when the table changed in between.
+pub(super) fn nat_table(socket: &OwnedFd, family: Family) -> io::Result<(Vec<u8>, Vec<u8>)> {
+    let mut info = vec![0; INFO_BYTES];
+    info[..TABLE.len()].copy_from_slice(TABLE);
+    get(socket, family, GET_INFO, &mut info)?;
+    let size = table_bytes(&info).ok_or(io::ErrorKind::InvalidData)?;
+    let mut entries = vec![0; ENTRIES_AT + usize::try_from(size).unwrap_or(usize::MAX)];
+    entries[..TABLE.len()].copy_from_slice(TABLE);
+    entries[NAME_BYTES..NAME_BYTES + 4].copy_from_slice(&size.to_ne_bytes());
+    get(socket, family, GET_ENTRIES, &mut entries)?;
+    entries.drain(..ENTRIES_AT);
+    Ok((info, entries))
+}
+
+fn get(socket: &OwnedFd, family: Family, option: libc::c_int, buffer: &mut [u8]) -> io::Result<()> {
+    let level = match family {
+        Family::V4 => libc::SOL_IP,
+        Family::V6 => libc::SOL_IPV6,
+    };
+    let mut length =
+        libc::socklen_t::try_from(buffer.len()).ok().ok_or(io::ErrorKind::FileTooLarge)?;
+    // SAFETY: `buffer` is writable for `length` bytes, which is all the kernel is told of; it
+    // needs no alignment, as the kernel copies byte-wise; both pointers outlive the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            buffer.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    Errno::result(result)?;
+    Ok(())
+}

@@ -1,0 +1,259 @@
+//! `nf_tables` messages, from dumps and notifications alike, reduced to what the model keeps.
+//!
+//! Attribute numbers are those of `include/uapi/linux/netfilter/nf_tables.h`. Families other than
+//! ip, ip6 and inet have no nat chains for Services and are passed over, as are sets that are not
+//! maps, objects and flowtables.
+
+use super::attributes::{Frame, Malformed, attributes, be32, be64, fields, name};
+use super::expressions;
+use crate::dataplane::rules::{Element, ElementKey, Family, Name, Rule};
+
+/// `NFNL_SUBSYS_NFTABLES`, the high byte of a message's type.
+pub(super) const SUBSYSTEM: u16 = 10;
+/// Length of `nfgenmsg`.
+const FAMILY_HEADER_BYTES: usize = 4;
+/// `NFT_TABLE_F_DORMANT`
+const TABLE_DORMANT: u32 = 1;
+/// `NFT_SET_MAP`
+const SET_IS_MAP: u32 = 8;
+/// `NF_INET_PRE_ROUTING` and `NF_INET_LOCAL_OUT`: where new connections meet destination NAT.
+const NAT_HOOKS: [u32; 2] = [0, 3];
+
+/// Message types (`nf_tables_msg_types`).
+pub(super) mod kind {
+    pub(crate) const NEW_TABLE: u8 = 0;
+    pub(crate) const GET_TABLE: u8 = 1;
+    pub(crate) const DELETE_TABLE: u8 = 2;
+    pub(crate) const NEW_CHAIN: u8 = 3;
+    pub(crate) const GET_CHAIN: u8 = 4;
+    pub(crate) const DELETE_CHAIN: u8 = 5;
+    pub(crate) const NEW_RULE: u8 = 6;
+    pub(crate) const GET_RULE: u8 = 7;
+    pub(crate) const DELETE_RULE: u8 = 8;
+    pub(crate) const NEW_SET: u8 = 9;
+    pub(crate) const GET_SET: u8 = 10;
+    pub(crate) const DELETE_SET: u8 = 11;
+    pub(crate) const NEW_ELEMENTS: u8 = 12;
+    pub(crate) const GET_ELEMENTS: u8 = 13;
+    pub(crate) const DELETE_ELEMENTS: u8 = 14;
+    pub(crate) const NEW_GENERATION: u8 = 15;
+    pub(crate) const GET_GENERATION: u8 = 16;
+}
+
+/// Family of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TableFamily {
+    /// Both IP versions.
+    Inet,
+    /// IPv4.
+    Ip,
+    /// IPv6.
+    Ip6,
+}
+
+impl TableFamily {
+    /// `NFPROTO_INET`, `NFPROTO_IPV4`, `NFPROTO_IPV6`
+    #[must_use]
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Inet => 1,
+            Self::Ip => 2,
+            Self::Ip6 => 10,
+        }
+    }
+
+    fn from_number(number: u8) -> Option<Self> {
+        [Self::Inet, Self::Ip, Self::Ip6].into_iter().find(|family| family.number() == number)
+    }
+
+    fn version(self) -> Option<Family> {
+        match self {
+            Self::Inet => None,
+            Self::Ip => Some(Family::V4),
+            Self::Ip6 => Some(Family::V6),
+        }
+    }
+}
+
+/// What tells a table from the others of its network namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TableId {
+    /// Its family.
+    pub family: TableFamily,
+    /// Its name.
+    pub name: Name,
+}
+
+/// One message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// A commit's last message.
+    Generation(u32),
+    /// Something in a table.
+    In(TableId, Change),
+}
+
+/// What a message says of its table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    NewTable { dormant: bool },
+    DeleteTable,
+    NewChain { chain: Name, entry: bool },
+    DeleteChain { chain: Name },
+    NewRule { chain: Name, handle: u64, rule: Rule },
+    DeleteRule { chain: Name, handle: u64 },
+    NewMap { map: Name, handle: u64 },
+    DeleteSet { set: Name, handle: u64 },
+    NewElements { set: Name, elements: Vec<(ElementKey, Element)> },
+    DeleteElements { set: Name, keys: Vec<ElementKey> },
+}
+
+/// A message of no interest, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Passed {
+    /// Not what the kernel writes.
+    Malformed,
+    /// Another family, subsystem or kind of object.
+    Foreign,
+}
+
+impl From<Malformed> for Passed {
+    fn from(_: Malformed) -> Self {
+        Self::Malformed
+    }
+}
+
+/// Decodes one message. Gives also how many expressions it holds that are not known.
+pub(super) fn decode(frame: &Frame<'_>) -> Result<(Message, u64), Passed> {
+    let [kind, subsystem] = frame.kind.to_le_bytes();
+    if u16::from(subsystem) != SUBSYSTEM {
+        return Err(Passed::Foreign);
+    }
+    let (header, body) = frame.payload.split_at_checked(FAMILY_HEADER_BYTES).ok_or(Malformed)?;
+    if kind == kind::NEW_GENERATION {
+        let [_, id] = fields::<2>(body)?;
+        return Ok((Message::Generation(be32(id.ok_or(Malformed)?)?), 0));
+    }
+    let family = TableFamily::from_number(header[0]).ok_or(Passed::Foreign)?;
+    let (change, unknown) = change(kind, family, body)?;
+    // NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE, …_LIST_TABLE: all 1.
+    let [_, table] = fields::<2>(body)?;
+    Ok((Message::In(TableId { family, name: name(table)?.into() }, change), unknown))
+}
+
+fn change(kind: u8, family: TableFamily, body: &[u8]) -> Result<(Change, u64), Passed> {
+    Ok(match kind {
+        kind::NEW_TABLE => (new_table(body)?, 0),
+        kind::DELETE_TABLE => (Change::DeleteTable, 0),
+        kind::NEW_CHAIN => (new_chain(body)?, 0),
+        kind::DELETE_CHAIN => (delete_chain(body)?, 0),
+        kind::NEW_RULE => new_rule(family, body)?,
+        kind::DELETE_RULE => (delete_rule(body)?, 0),
+        kind::NEW_SET => (new_set(body)?, 0),
+        kind::DELETE_SET => (delete_set(body)?, 0),
+        kind::NEW_ELEMENTS => (new_elements(body)?, 0),
+        kind::DELETE_ELEMENTS => (delete_elements(body)?, 0),
+        _ => return Err(Passed::Foreign),
+    })
+}
+
+/// `NFTA_TABLE_FLAGS` 2.
+fn new_table(body: &[u8]) -> Result<Change, Malformed> {
+    let [_, _, flags] = fields::<3>(body)?;
+    Ok(Change::NewTable { dormant: flags.map_or(Ok(0), be32)? & TABLE_DORMANT != 0 })
+}
+
+/// `NFTA_CHAIN_NAME` 3, `_HOOK` 4 (within: `NFTA_HOOK_HOOKNUM` 1), `_TYPE` 7.
+fn new_chain(body: &[u8]) -> Result<Change, Malformed> {
+    let [_, _, _, chain, hook, _, _, kind] = fields::<8>(body)?;
+    let chain = name(chain)?.into();
+    let hook = match hook {
+        Some(hook) => fields::<2>(hook)?[1].map(be32).transpose()?,
+        None => None,
+    };
+    let entry = hook.is_some_and(|hook| NAT_HOOKS.contains(&hook)) && name(kind) == Ok("nat");
+    Ok(Change::NewChain { chain, entry })
+}
+
+fn delete_chain(body: &[u8]) -> Result<Change, Malformed> {
+    let [_, _, _, chain] = fields::<4>(body)?;
+    Ok(Change::DeleteChain { chain: name(chain)?.into() })
+}
+
+/// `NFTA_RULE_CHAIN` 2, `_HANDLE` 3, `_EXPRESSIONS` 4, `_USERDATA` 7.
+fn new_rule(family: TableFamily, body: &[u8]) -> Result<(Change, u64), Malformed> {
+    let [_, _, chain, handle, expressions, _, _, userdata] = fields::<8>(body)?;
+    let (rule, unknown) =
+        expressions::reduce(family.version(), expressions.unwrap_or_default(), userdata)?;
+    let (chain, handle) = (name(chain)?.into(), be64(handle.ok_or(Malformed)?)?);
+    Ok((Change::NewRule { chain, handle, rule }, unknown))
+}
+
+fn delete_rule(body: &[u8]) -> Result<Change, Malformed> {
+    let [_, _, chain, handle] = fields::<4>(body)?;
+    Ok(Change::DeleteRule { chain: name(chain)?.into(), handle: be64(handle.ok_or(Malformed)?)? })
+}
+
+/// `NFTA_SET_NAME` 2, `_FLAGS` 3, `_HANDLE` 16.
+fn set(body: &[u8]) -> Result<(Name, u64, u32), Malformed> {
+    let fields = fields::<17>(body)?;
+    let flags = fields[3].map_or(Ok(0), be32)?;
+    Ok((name(fields[2])?.into(), fields[16].map_or(Ok(0), be64)?, flags))
+}
+
+fn new_set(body: &[u8]) -> Result<Change, Passed> {
+    let (map, handle, flags) = set(body)?;
+    if flags & SET_IS_MAP == 0 {
+        return Err(Passed::Foreign);
+    }
+    Ok(Change::NewMap { map, handle })
+}
+
+fn delete_set(body: &[u8]) -> Result<Change, Malformed> {
+    let (set, handle, _) = set(body)?;
+    Ok(Change::DeleteSet { set, handle })
+}
+
+/// `NFTA_SET_ELEM_LIST_SET` 2, `_ELEMENTS` 3.
+fn new_elements(body: &[u8]) -> Result<Change, Malformed> {
+    let [_, _, set, list] = fields::<4>(body)?;
+    let elements = attributes(list.unwrap_or_default()).map(|item| element(item?.1));
+    Ok(Change::NewElements {
+        set: name(set)?.into(),
+        elements: elements.collect::<Result<_, _>>()?,
+    })
+}
+
+fn delete_elements(body: &[u8]) -> Result<Change, Malformed> {
+    let [_, _, set, list] = fields::<4>(body)?;
+    let keys = attributes(list.unwrap_or_default()).map(|item| element_key(item?.1));
+    Ok(Change::DeleteElements { set: name(set)?.into(), keys: keys.collect::<Result<_, _>>()? })
+}
+
+/// `NFTA_SET_ELEM_DATA` 2 (within: `NFTA_DATA_VALUE` 1, `_VERDICT` 2).
+fn element(item: &[u8]) -> Result<(ElementKey, Element), Malformed> {
+    let [_, _, data] = fields::<3>(item)?;
+    let [_, value, verdict] = fields::<3>(data.unwrap_or_default())?;
+    let target = match verdict {
+        Some(verdict) => expressions::verdict(verdict)?,
+        None => None,
+    };
+    let element = match (target, value) {
+        (Some(chain), _) => Element::Go(chain),
+        (None, Some(value)) => Element::Data(value.into()),
+        (None, None) => Element::Inert,
+    };
+    Ok((element_key(item)?, element))
+}
+
+/// `NFTA_SET_ELEM_KEY` 1, `_FLAGS` 3 (interval end 1, catch-all 2), `_KEY_END` 10.
+fn element_key(item: &[u8]) -> Result<ElementKey, Malformed> {
+    let fields = fields::<11>(item)?;
+    let mut whole = Vec::new();
+    for key in [fields[1], fields[10]].into_iter().flatten() {
+        let [_, value] = self::fields::<2>(key)?;
+        whole.extend(value.ok_or(Malformed)?);
+    }
+    whole.extend(fields[3].unwrap_or_default());
+    Ok(whole.into())
+}

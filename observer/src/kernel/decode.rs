@@ -1,0 +1,144 @@
+//! Bytes of the ring buffer to facts: the one reader of the wire contract.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use observer_common::{Event, Ip, signal};
+
+use crate::facts::{BootNs, Happening, KernelEvent};
+
+/// Why a record was passed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Undecodable {
+    /// Not the size of an [`Event`].
+    Length(usize),
+    /// A signal this daemon does not know.
+    Signal(u32),
+}
+
+/// Decodes one record. `pod` stays empty: whose cgroup it is, the caller looks up.
+///
+/// # Errors
+/// When the record is not an [`Event`] of a known signal.
+pub fn decode(record: &[u8]) -> Result<KernelEvent, Undecodable> {
+    let event = read(record)?;
+    Ok(KernelEvent {
+        at: BootNs(event.boot_ns),
+        happening: happening(&event)?,
+        pod: None,
+        cgroup_id: event.cgroup_id,
+        netns_cookie: event.netns_cookie,
+        local: SocketAddr::new(address(event.local_address), event.local_port),
+        remote: SocketAddr::new(address(event.remote_address), event.remote_port),
+        pid: event.pid,
+        socket: event.socket,
+        suppressed: event.suppressed,
+    })
+}
+
+/// IPv4-mapped addresses as IPv4.
+#[must_use]
+pub fn address(ip: Ip) -> IpAddr {
+    Ipv6Addr::from(ip.octets()).to_canonical()
+}
+
+fn happening(event: &Event) -> Result<Happening, Undecodable> {
+    let code = event.code;
+    Ok(match event.signal {
+        signal::CONNECT_FAILED => Happening::ConnectFailed { errno: code },
+        signal::LISTENER_OPENED => Happening::ListenerOpened,
+        signal::LISTENER_CLOSED => Happening::ListenerClosed,
+        signal::REFUSED => Happening::Refused,
+        signal::STRAY_RESET => Happening::StrayReset,
+        signal::RESET_SENT => Happening::ResetSent { reason: code },
+        signal::RESET_RECEIVED => Happening::ResetReceived { state: code },
+        signal::CONNECT_ERROR => Happening::ConnectError { errno: code },
+        signal::ICMP_UNREACHABLE => Happening::IcmpUnreachable { code },
+        signal::NETFILTER_DROP => Happening::NetfilterDrop,
+        signal::PROCESS_SIGNALLED => Happening::Signalled { number: code },
+        signal::PROCESS_EXITED => Happening::Exited,
+        signal::OOM_KILLED => Happening::OomKilled,
+        signal::LEGACY_COMMIT => Happening::LegacyCommit { family: code },
+        unknown => return Err(Undecodable::Signal(unknown)),
+    })
+}
+
+fn read(record: &[u8]) -> Result<Event, Undecodable> {
+    if record.len() != size_of::<Event>() {
+        return Err(Undecodable::Length(record.len()));
+    }
+    let mut fields = Fields(record);
+    Ok(Event {
+        boot_ns: u64::from_ne_bytes(fields.take()),
+        netns_cookie: u64::from_ne_bytes(fields.take()),
+        cgroup_id: u64::from_ne_bytes(fields.take()),
+        socket: u64::from_ne_bytes(fields.take()),
+        local_address: Ip::from_octets(fields.take()),
+        remote_address: Ip::from_octets(fields.take()),
+        signal: u32::from_ne_bytes(fields.take()),
+        code: u32::from_ne_bytes(fields.take()),
+        netns_inum: u32::from_ne_bytes(fields.take()),
+        pid: u32::from_ne_bytes(fields.take()),
+        suppressed: u32::from_ne_bytes(fields.take()),
+        local_port: u16::from_ne_bytes(fields.take()),
+        remote_port: u16::from_ne_bytes(fields.take()),
+    })
+}
+
+/// Takes fields off the front; the length was checked, a short rest reads as zeros.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        let Some((field, rest)) = self.0.split_first_chunk::<N>() else { return [0; N] };
+        self.0 = rest;
+        *field
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(signal: u32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for word in [7_u64, 8, 9, 10] {
+            bytes.extend_from_slice(&word.to_ne_bytes());
+        }
+        bytes.extend_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 198, 51, 100, 7]);
+        bytes.extend_from_slice(&Ipv6Addr::LOCALHOST.octets());
+        for word in [signal, 111, 12, 13, 14] {
+            bytes.extend_from_slice(&word.to_ne_bytes());
+        }
+        bytes.extend_from_slice(&8080_u16.to_ne_bytes());
+        bytes.extend_from_slice(&40000_u16.to_ne_bytes());
+        bytes
+    }
+
+    #[test]
+    fn every_field_comes_from_its_own_bytes() {
+        let event = decode(&record(signal::CONNECT_FAILED)).expect("valid");
+        assert_eq!(event.at, BootNs(7));
+        assert_eq!(event.netns_cookie, 8);
+        assert_eq!(event.cgroup_id, 9);
+        assert_eq!(event.socket, 10);
+        assert_eq!(event.local, "198.51.100.7:8080".parse().expect("address"));
+        assert_eq!(event.remote, "[::1]:40000".parse().expect("address"));
+        assert_eq!(event.happening, Happening::ConnectFailed { errno: 111 });
+        assert_eq!((event.pid, event.suppressed), (13, 14));
+    }
+
+    #[test]
+    fn other_lengths_and_unknown_signals_are_refused() {
+        let whole = record(signal::REFUSED);
+        for length in 0..whole.len() {
+            assert_eq!(decode(&whole[..length]), Err(Undecodable::Length(length)));
+        }
+        let mut long = whole;
+        long.push(0);
+        assert_eq!(decode(&long), Err(Undecodable::Length(89)));
+        // Counted in the kernel, never sent.
+        let passive = record(signal::PASSIVE_OPEN);
+        assert_eq!(decode(&passive), Err(Undecodable::Signal(signal::PASSIVE_OPEN)));
+        assert_eq!(decode(&record(999)), Err(Undecodable::Signal(999)));
+    }
+}

@@ -1,0 +1,69 @@
+//! What the kernel programs must know of the running kernel, from its BTF.
+
+use observer_common::Layout;
+
+use super::btf::Btf;
+
+/// The layout, and the fields this kernel lacks, by their kernel names.
+#[derive(Clone, Debug)]
+pub struct Resolved {
+    /// What the programs are told.
+    pub layout: Layout,
+    /// `struct.field` or `enum.ENUMERATOR` of everything absent.
+    pub missing: Vec<String>,
+}
+
+/// Resolves every offset and value. `own_netns_inum` is the node's network namespace.
+#[must_use]
+pub fn resolve(btf: &Btf, own_netns_inum: u32) -> Resolved {
+    let mut missing = Vec::new();
+    let mut note = |found: Option<u32>, scope: &str, name: &str| {
+        found.unwrap_or_else(|| {
+            missing.push(format!("{scope}.{name}"));
+            Layout::ABSENT
+        })
+    };
+    let mut field = |scope: &str, path: &str| note(btf.field_offset(scope, path), scope, path);
+    let mut layout = Layout {
+        skc_family: field("sock_common", "skc_family"),
+        skc_state: field("sock_common", "skc_state"),
+        skc_dport: field("sock_common", "skc_dport"),
+        skc_num: field("sock_common", "skc_num"),
+        skc_daddr: field("sock_common", "skc_daddr"),
+        skc_rcv_saddr: field("sock_common", "skc_rcv_saddr"),
+        skc_v6_daddr: field("sock_common", "skc_v6_daddr"),
+        skc_v6_rcv_saddr: field("sock_common", "skc_v6_rcv_saddr"),
+        skc_net: field("sock_common", "skc_net.net"),
+        sk_err: field("sock", "sk_err"),
+        sk_protocol: field("sock", "sk_protocol"),
+        // Before Linux 5.15 this was a tagged word, `val`, that is not decoded here.
+        sk_cgroup: field("sock", "sk_cgrp_data.cgroup"),
+        inet_sport: field("inet_sock", "inet_sport"),
+        net_inum: field("net", "ns.inum"),
+        net_cookie: field("net", "net_cookie"),
+        dev_net: field("net_device", "nd_net.net"),
+        skb_dev: field("sk_buff", "dev"),
+        skb_head: field("sk_buff", "head"),
+        skb_network_header: field("sk_buff", "network_header"),
+        task_tgid: field("task_struct", "tgid"),
+        task_pid: field("task_struct", "pid"),
+        task_nsproxy: field("task_struct", "nsproxy"),
+        task_cgroups: field("task_struct", "cgroups"),
+        nsproxy_net: field("nsproxy", "net_ns"),
+        css_set_cgroup: field("css_set", "dfl_cgrp"),
+        cgroup_kn: field("cgroup", "kn"),
+        kernfs_id: field("kernfs_node", "id"),
+        // The register names are x86-64's; elsewhere they are absent and the program stays off.
+        regs_nr: field("pt_regs", "orig_ax"),
+        regs_arg1: field("pt_regs", "si"),
+        regs_arg2: field("pt_regs", "dx"),
+        reason_netfilter_drop: Layout::ABSENT,
+        reason_no_socket: Layout::ABSENT,
+        own_netns_inum,
+    };
+    let mut reason =
+        |name: &str| note(btf.enumerator("skb_drop_reason", name), "skb_drop_reason", name);
+    layout.reason_netfilter_drop = reason("SKB_DROP_REASON_NETFILTER_DROP");
+    layout.reason_no_socket = reason("SKB_DROP_REASON_NO_SOCKET");
+    Resolved { layout, missing }
+}

@@ -1,0 +1,274 @@
+//! The kernel side: loads the programs, reads their events and counts.
+//!
+//! First stage of the data path. Everything is detached when the parts returned by [`start`] are
+//! dropped: nothing is pinned.
+
+pub mod addresses;
+pub mod btf;
+pub mod cgroups;
+pub mod counters;
+pub mod decode;
+pub mod layout;
+pub mod probes;
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context as _, anyhow};
+use aya::maps::{Map, MapData, RingBuf};
+use aya::{Ebpf, EbpfLoader};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+
+use self::addresses::Addresses;
+use self::btf::Btf;
+use self::cgroups::Cgroups;
+use self::counters::Counters;
+use self::layout::Resolved;
+use self::probes::{LEGACY_COMMIT, Probe, SIGNALS};
+use crate::clock;
+use crate::facts::KernelEvent;
+
+const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
+static PROGRAMS: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observer-programs"));
+
+/// Why the kernel side cannot start.
+#[derive(Debug)]
+pub enum StartError {
+    /// The running kernel has no usable type information.
+    NoBtf(anyhow::Error),
+    /// The process may not load programs.
+    NoPermission(anyhow::Error),
+    /// Anything else.
+    Failed(anyhow::Error),
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoBtf(error) => write!(
+                f,
+                "cannot read the kernel's type information ({error:#}): run a kernel built with \
+                 CONFIG_DEBUG_INFO_BTF=y, and in a container mount the host's /sys"
+            ),
+            Self::NoPermission(error) => write!(
+                f,
+                "not allowed to load kernel programs ({error:#}): run as root, or with the \
+                 capabilities BPF, PERFMON and NET_ADMIN"
+            ),
+            Self::Failed(error) => write!(f, "cannot load the kernel programs: {error:#}"),
+        }
+    }
+}
+
+impl std::error::Error for StartError {}
+
+/// The running kernel side, in parts that different tasks own.
+pub struct Started {
+    /// Keeps the programs attached.
+    pub probes: Probes,
+    /// Delivers the details.
+    pub events: Events,
+    /// Reads the counts.
+    pub counters: Counters,
+    /// Tells the programs which addresses matter.
+    pub addresses: Addresses,
+}
+
+/// Loads the programs and attaches every signal that this kernel supports.
+///
+/// # Errors
+/// See [`StartError`]. A signal that cannot be attached is no error: see [`Probes::states`].
+pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
+    let bytes =
+        fs::read(BTF_PATH).with_context(|| BTF_PATH.to_owned()).map_err(StartError::NoBtf)?;
+    let kernel = Btf::parse(bytes).map_err(|error| StartError::NoBtf(error.into()))?;
+    let types = aya::Btf::from_sys_fs().map_err(|error| StartError::NoBtf(error.into()))?;
+    let netns = own_netns_inum().map_err(StartError::Failed)?;
+    let resolved = layout::resolve(&kernel, netns);
+    let mut ebpf = load(&kernel, &resolved, &types).map_err(classify)?;
+    let log = aya_log::EbpfLogger::init(&mut ebpf).map_err(|error| classify(error.into()))?;
+    let mut take = |name: &str| -> anyhow::Result<Map> {
+        ebpf.take_map(name).ok_or_else(|| anyhow!("the object has no map {name}"))
+    };
+    let counters = Counters::new(&mut take).map_err(StartError::Failed)?;
+    let addresses = Addresses::new(&mut take).map_err(StartError::Failed)?;
+    let ring = take("EVENTS").and_then(|map| Ok(RingBuf::try_from(map)?));
+    let ring = ring.map_err(StartError::Failed)?;
+    let states = SIGNALS
+        .iter()
+        .map(|signal| probes::attach(signal, &mut ebpf, &kernel, &resolved, &types))
+        .collect();
+    let probes = Probes { ebpf, kernel, resolved, types, states };
+    probes.refuse_if_none_may_attach()?;
+    let events = Events { ring, log, cgroups: Cgroups::new(cgroup_root), counts: Arc::default() };
+    Ok(Started { probes, events, counters, addresses })
+}
+
+/// The inode number of the calling thread's network namespace.
+fn own_netns_inum() -> anyhow::Result<u32> {
+    let path = "/proc/thread-self/ns/net";
+    let inode = fs::metadata(path).with_context(|| format!("cannot read {path}"))?.ino();
+    u32::try_from(inode).with_context(|| format!("{path} has the odd inode {inode}"))
+}
+
+fn load(kernel: &Btf, resolved: &Resolved, types: &aya::Btf) -> anyhow::Result<Ebpf> {
+    // Before Linux 5.11 maps count against this limit; afterwards it does not matter, so a refusal
+    // is not fatal here: map creation will tell.
+    if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
+        tracing::debug!(%error, "the memory lock limit stays as it is");
+    }
+    let layout = probes::layout_for_programs(kernel, resolved);
+    Ok(EbpfLoader::new()
+        .btf(Some(types))
+        .override_global("LAYOUT", &layout, true)
+        .load(PROGRAMS)?)
+}
+
+fn classify(error: anyhow::Error) -> StartError {
+    if is_permission_error(&error) {
+        StartError::NoPermission(error)
+    } else {
+        StartError::Failed(error)
+    }
+}
+
+fn is_permission_error(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause
+            .downcast_ref::<io::Error>()
+            .is_some_and(|io| io.kind() == io::ErrorKind::PermissionDenied)
+    })
+}
+
+/// The loaded programs. Dropping it detaches them.
+pub struct Probes {
+    ebpf: Ebpf,
+    kernel: Btf,
+    resolved: Resolved,
+    types: aya::Btf,
+    states: Vec<Probe>,
+}
+
+impl Probes {
+    /// What became of each signal.
+    #[must_use]
+    pub fn states(&self) -> &[Probe] {
+        &self.states
+    }
+
+    /// Fields and enumerators that the running kernel lacks.
+    #[must_use]
+    pub fn missing(&self) -> &[String] {
+        &self.resolved.missing
+    }
+
+    /// Attaches or detaches the hook for legacy iptables, which runs at every system call.
+    ///
+    /// # Errors
+    /// When the program cannot be unloaded. A failed attach shows in [`Self::states`].
+    pub fn watch_legacy_commits(&mut self, wanted: bool) -> anyhow::Result<()> {
+        let attached = self.states.iter().position(|probe| probe.signal == LEGACY_COMMIT.name);
+        match (wanted, attached) {
+            (true, None) => {
+                let Self { ebpf, kernel, resolved, types, states } = self;
+                states.push(probes::attach(&LEGACY_COMMIT, ebpf, kernel, resolved, types));
+            }
+            (false, Some(index)) => {
+                probes::detach(&LEGACY_COMMIT, &mut self.ebpf)?;
+                self.states.remove(index);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Map creation needs fewer capabilities than tracing: tell a lack of them from a kernel that
+    /// lacks the hooks.
+    fn refuse_if_none_may_attach(&self) -> Result<(), StartError> {
+        if self.states.iter().any(|probe| probe.method.is_some()) {
+            return Ok(());
+        }
+        let problems: Vec<&str> =
+            self.states.iter().filter_map(|probe| probe.problem.as_deref()).collect();
+        let error = anyhow!("no signal could be attached: {}", problems.join("; "));
+        let denied = problems.iter().any(|problem| problem.contains("Operation not permitted"));
+        Err(if denied { StartError::NoPermission(error) } else { StartError::Failed(error) })
+    }
+}
+
+/// What the reader of the ring buffer counted.
+#[derive(Debug, Default)]
+pub struct EventCounts {
+    /// Records that are not this daemon's.
+    pub undecodable: AtomicU64,
+    /// Events delivered.
+    pub delivered: AtomicU64,
+}
+
+/// The reader of the ring buffer and of the programs' own log.
+pub struct Events {
+    ring: RingBuf<MapData>,
+    log: aya_log::EbpfLogger<&'static dyn log::Log>,
+    cgroups: Cgroups,
+    counts: Arc<EventCounts>,
+}
+
+impl Events {
+    /// What was counted so far.
+    #[must_use]
+    pub fn counts(&self) -> Arc<EventCounts> {
+        Arc::clone(&self.counts)
+    }
+
+    /// Delivers events until the receiver is gone. A full channel makes the reader wait: the ring
+    /// buffer takes up the burst, and the kernel counts what it cannot hold.
+    ///
+    /// # Errors
+    /// When the ring buffer cannot be polled.
+    pub async fn run(self, facts: mpsc::Sender<KernelEvent>) -> anyhow::Result<()> {
+        let Self { ring, log, mut cgroups, counts } = self;
+        let mut ring = pollable(ring).context("cannot poll the ring buffer")?;
+        let mut log = pollable(log).context("cannot poll the programs' log")?;
+        loop {
+            tokio::select! {
+                ready = ring.readable_mut() => {
+                    let mut ready = ready.context("cannot poll the ring buffer")?;
+                    while let Some(record) = ready.get_inner_mut().next() {
+                        let Ok(mut event) = decode::decode(&record) else {
+                            counts.undecodable.fetch_add(1, Ordering::Relaxed);
+                            continue;
+                        };
+                        drop(record);
+                        event.pod = cgroups.pod(event.cgroup_id, clock::now());
+                        if facts.send(event).await.is_err() {
+                            return Ok(());
+                        }
+                        counts.delivered.fetch_add(1, Ordering::Relaxed);
+                    }
+                    ready.clear_ready();
+                }
+                ready = log.readable_mut() => {
+                    let mut ready = ready.context("cannot poll the programs' log")?;
+                    ready.get_inner_mut().flush();
+                    ready.clear_ready();
+                }
+            }
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "tokio asks for a promise that its type system cannot check")]
+fn pollable<T: AsRawFd>(source: T) -> io::Result<AsyncFd<T>> {
+    // SAFETY: aya's ring buffer and logger own their file descriptor, always return the same one
+    // and close it only when dropped, which is after the `AsyncFd` that owns them deregistered it.
+    unsafe { AsyncFd::register(source) }.map_err(io::Error::from)
+}

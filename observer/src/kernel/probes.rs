@@ -1,0 +1,280 @@
+//! Which hook feeds which signal, and how it is attached.
+//!
+//! Each signal has an ordered list of methods; the first that the running kernel supports and that
+//! attaches is used, and which one is exported. What a kernel supports is read from its BTF, never
+//! from its version: argument lists and fields are back-ported.
+
+use anyhow::{Context as _, anyhow};
+use aya::{
+    Ebpf,
+    programs::{BtfTracePoint, ProgramError},
+};
+use observer_common::Layout;
+
+use super::btf::Btf;
+use super::layout::Resolved;
+
+/// A source of kernel facts, as metrics and readiness name it.
+#[derive(Clone, Copy, Debug)]
+pub struct Signal {
+    /// Its name in metrics.
+    pub name: &'static str,
+    /// Whether the product is blind without it: then the daemon is not ready.
+    pub essential: bool,
+    methods: &'static [Method],
+}
+
+/// One way of attaching a program.
+#[derive(Clone, Copy, Debug)]
+struct Method {
+    attach: Attach,
+    program: &'static str,
+    /// The hook must pass at least this many arguments.
+    arguments: u32,
+    /// This argument must be a pointer.
+    pointer: Option<u32>,
+    /// Fields and enumerators without which the program would report nothing of use.
+    needs: &'static [&'static str],
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Attach {
+    /// A BTF-typed raw tracepoint (Linux 5.5).
+    TpBtf(&'static str),
+}
+
+impl Attach {
+    fn label(self) -> &'static str {
+        match self {
+            Self::TpBtf(_) => "tp_btf",
+        }
+    }
+}
+
+const SOCKET: &[&str] = &[
+    "sock_common.skc_family",
+    "sock_common.skc_state",
+    "sock_common.skc_dport",
+    "sock_common.skc_num",
+    "sock_common.skc_daddr",
+    "sock_common.skc_rcv_saddr",
+    "sock_common.skc_v6_daddr",
+    "sock_common.skc_v6_rcv_saddr",
+    "sock_common.skc_net.net",
+    "sock.sk_protocol",
+    "net.net_cookie",
+];
+const CONNECT: &[&str] = &["sock_common.skc_state", "sock.sk_err", "sock.sk_protocol"];
+const PACKET: &[&str] = &["sk_buff.head", "sk_buff.network_header", "sk_buff.dev"];
+const DROP: &[&str] =
+    &["sk_buff.head", "sk_buff.network_header", "skb_drop_reason.SKB_DROP_REASON_NETFILTER_DROP"];
+const TASK: &[&str] =
+    &["task_struct.tgid", "task_struct.cgroups", "css_set.dfl_cgrp", "cgroup.kn", "kernfs_node.id"];
+const SYSTEM_CALL: &[&str] = &[
+    "pt_regs.orig_ax",
+    "pt_regs.si",
+    "pt_regs.dx",
+    "task_struct.nsproxy",
+    "nsproxy.net_ns",
+    "net.ns.inum",
+];
+
+const fn tp_btf(
+    tracepoint: &'static str,
+    program: &'static str,
+    arguments: u32,
+    needs: &'static [&'static str],
+) -> Method {
+    Method { attach: Attach::TpBtf(tracepoint), program, arguments, pointer: None, needs }
+}
+
+/// The signal whose program is attached only while legacy iptables is in use.
+pub const LEGACY_COMMIT: Signal = Signal {
+    name: "legacy_commit",
+    essential: false,
+    methods: &[tp_btf("sys_exit", "legacy_commit", 2, SYSTEM_CALL)],
+};
+
+/// Everything attached from the start.
+pub const SIGNALS: &[Signal] = &[
+    Signal {
+        name: "socket_state",
+        essential: true,
+        methods: &[tp_btf("inet_sock_set_state", "socket_state", 3, SOCKET)],
+    },
+    Signal {
+        name: "reset_sent",
+        // Where the tracepoint lacks the third argument it does not fire without a socket either
+        // (before Linux 6.10); `packet_dropped` then tells of refusals.
+        essential: false,
+        methods: &[tp_btf("tcp_send_reset", "reset_sent", 3, PACKET)],
+    },
+    Signal {
+        name: "packet_dropped",
+        essential: true,
+        methods: &[tp_btf("kfree_skb", "packet_dropped", 3, DROP)],
+    },
+    Signal {
+        name: "reset_received",
+        essential: false,
+        methods: &[tp_btf("tcp_receive_reset", "reset_received", 1, SOCKET)],
+    },
+    Signal {
+        name: "socket_error",
+        essential: false,
+        methods: &[tp_btf("inet_sk_error_report", "socket_error", 1, CONNECT)],
+    },
+    Signal {
+        name: "icmp_sent",
+        essential: false,
+        methods: &[tp_btf("icmp_send", "icmp_sent", 3, PACKET)],
+    },
+    Signal {
+        name: "process_signalled",
+        essential: true,
+        methods: &[tp_btf("signal_generate", "process_signalled", 3, TASK)],
+    },
+    Signal {
+        name: "process_exited",
+        essential: true,
+        methods: &[
+            tp_btf("sched_process_exit", "process_exited", 2, TASK),
+            tp_btf("sched_process_exit", "process_leader_exited", 1, TASK),
+        ],
+    },
+    Signal {
+        name: "oom_victim",
+        essential: false,
+        methods: &[Method { pointer: Some(0), ..tp_btf("mark_victim", "oom_victim", 1, TASK) }],
+    },
+];
+
+/// What became of one signal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// [`Signal::name`].
+    pub signal: &'static str,
+    /// [`Signal::essential`].
+    pub essential: bool,
+    /// The method in use; `None` when the signal is off.
+    pub method: Option<&'static str>,
+    /// Why it is off, one reason per method tried.
+    pub problem: Option<String>,
+}
+
+/// Whether `tcp_send_reset` tells of resets without a socket on this kernel.
+#[must_use]
+pub fn resets_tell_refusals(btf: &Btf) -> bool {
+    btf.tracepoint_arguments("tcp_send_reset").is_some_and(|arguments| arguments >= 3)
+}
+
+/// Attaches a signal by the first method that works.
+#[must_use]
+pub fn attach(
+    signal: &Signal,
+    ebpf: &mut Ebpf,
+    kernel: &Btf,
+    resolved: &Resolved,
+    types: &aya::Btf,
+) -> Probe {
+    let mut problems = Vec::new();
+    for method in signal.methods {
+        let outcome =
+            supported(method, kernel, resolved).and_then(|()| attach_program(method, ebpf, types));
+        match outcome {
+            Ok(()) => {
+                return Probe {
+                    signal: signal.name,
+                    essential: signal.essential,
+                    method: Some(method.attach.label()),
+                    problem: None,
+                };
+            }
+            Err(error) => problems.push(format!("{}: {error:#}", method.attach.label())),
+        }
+    }
+    Probe {
+        signal: signal.name,
+        essential: signal.essential,
+        method: None,
+        problem: Some(problems.join("; ")),
+    }
+}
+
+/// Detaches and unloads a signal's programs.
+///
+/// # Errors
+/// When the kernel refuses to unload one.
+pub fn detach(signal: &Signal, ebpf: &mut Ebpf) -> anyhow::Result<()> {
+    for method in signal.methods {
+        let program = program(method, ebpf)?;
+        if program.fd().is_ok() {
+            program.unload().with_context(|| format!("cannot unload {}", method.program))?;
+        }
+    }
+    Ok(())
+}
+
+fn supported(method: &Method, kernel: &Btf, resolved: &Resolved) -> anyhow::Result<()> {
+    let Attach::TpBtf(tracepoint) = method.attach;
+    let arguments = kernel
+        .tracepoint_arguments(tracepoint)
+        .ok_or_else(|| anyhow!("this kernel has no tracepoint {tracepoint}"))?;
+    if arguments < method.arguments {
+        anyhow::bail!(
+            "tracepoint {tracepoint} passes {arguments} arguments, {} are needed",
+            method.arguments
+        );
+    }
+    if let Some(index) = method.pointer
+        && !kernel.tracepoint_argument_is_pointer(tracepoint, index)
+    {
+        anyhow::bail!("argument {index} of tracepoint {tracepoint} is no pointer");
+    }
+    let absent: Vec<&str> = method
+        .needs
+        .iter()
+        .copied()
+        .filter(|need| resolved.missing.iter().any(|m| m == need))
+        .collect();
+    if !absent.is_empty() {
+        anyhow::bail!("this kernel has no {}", absent.join(", "));
+    }
+    Ok(())
+}
+
+fn attach_program(method: &Method, ebpf: &mut Ebpf, types: &aya::Btf) -> anyhow::Result<()> {
+    let program = program(method, ebpf)?;
+    let Attach::TpBtf(tracepoint) = method.attach;
+    program.load(tracepoint, types).map_err(|error| brief(method.program, error))?;
+    program.attach().with_context(|| format!("cannot attach to {tracepoint}"))?;
+    Ok(())
+}
+
+/// The verifier explains itself in thousands of lines: all of them go to the debug log, the last
+/// ones, which say what it refused, to the person.
+fn brief(program: &str, error: ProgramError) -> anyhow::Error {
+    let ProgramError::LoadError { io_error, verifier_log } = &error else { return error.into() };
+    let log = verifier_log.to_string();
+    tracing::debug!(program, log, "the verifier's log");
+    let mut last: Vec<&str> = log.lines().rev().filter(|line| !line.is_empty()).take(6).collect();
+    last.reverse();
+    anyhow!("cannot load {program}: {io_error} ({})", last.join("; "))
+}
+
+fn program<'a>(method: &Method, ebpf: &'a mut Ebpf) -> anyhow::Result<&'a mut BtfTracePoint> {
+    let program = ebpf
+        .program_mut(method.program)
+        .ok_or_else(|| anyhow!("the object has no program {}", method.program))?;
+    program.try_into().with_context(|| format!("{} is of another type", method.program))
+}
+
+/// What the programs are told: the layout, without the fallback where the first choice works.
+#[must_use]
+pub fn layout_for_programs(kernel: &Btf, resolved: &Resolved) -> Layout {
+    let mut layout = resolved.layout;
+    if resets_tell_refusals(kernel) {
+        layout.reason_no_socket = Layout::ABSENT;
+    }
+    layout
+}

@@ -1,0 +1,205 @@
+//! The built binary: what it says and how it exits when something is wrong, and one run from start
+//! to SIGTERM against a small API server. Needs root, as the daemon does.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::http::Uri;
+use axum::response::{IntoResponse as _, Response};
+use futures::StreamExt as _;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+use tempfile::TempDir;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_observer");
+const NOBODY: u32 = 65534;
+
+fn observer(flags: &[&str]) -> Command {
+    let mut command = Command::new(BINARY);
+    // Only the flags decide, not the machine's environment; a backtrace is not a clear line.
+    command.env_clear().env("RUST_BACKTRACE", "1").args(flags);
+    command
+}
+
+/// Exit code and what was said on stderr.
+fn outcome(mut command: Command) -> (Option<i32>, String) {
+    let Output { status, stderr, .. } = command.output().expect("the binary starts");
+    (status.code(), String::from_utf8(stderr).expect("text"))
+}
+
+fn kubeconfig(directory: &TempDir, server: &str) -> PathBuf {
+    let path = directory.path().join("kubeconfig");
+    let config = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "c",
+        "clusters": [{"name": "c", "cluster": {"server": server}}],
+        "users": [{"name": "u", "user": {}}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}]
+    });
+    fs::write(&path, config.to_string()).expect("a kubeconfig");
+    path
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path in UTF-8")
+}
+
+#[test]
+fn an_unknown_flag_value_is_a_usage_error() {
+    let (code, said) = outcome(observer(&["run", "--node-name=n", "--log-format=xml"]));
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("[possible values: text, json]"), "{said}");
+}
+
+#[test]
+fn a_missing_kubeconfig_is_named_in_one_line() {
+    let flags = ["run", "--node-name=n", "--listen=127.0.0.1:0", "--kubeconfig=/none/here"];
+    let (code, said) = outcome(observer(&flags));
+    assert_eq!((code, said.lines().count()), (Some(1), 1), "{said}");
+    assert!(said.starts_with("error: kubeconfig /none/here cannot be used: check"), "{said}");
+}
+
+#[test]
+fn a_kubeconfig_that_is_none_is_named_in_one_line() {
+    let directory = TempDir::new().expect("a directory");
+    let path = directory.path().join("kubeconfig");
+    fs::write(&path, "clusters: 7").expect("a file");
+    let kubeconfig = format!("--kubeconfig={}", text(&path));
+    let flags = ["run", "--node-name=n", "--listen=127.0.0.1:0", &kubeconfig];
+    let (code, said) = outcome(observer(&flags));
+    assert_eq!((code, said.lines().count()), (Some(1), 1), "{said}");
+    assert!(said.contains("cannot be used: check --kubeconfig"), "{said}");
+}
+
+#[test]
+fn outside_a_pod_a_kubeconfig_is_asked_for() {
+    let (code, said) = outcome(observer(&["run", "--node-name=n", "--listen=127.0.0.1:0"]));
+    assert_eq!((code, said.lines().count()), (Some(1), 1), "{said}");
+    assert!(said.contains("give --kubeconfig FILE"), "{said}");
+}
+
+#[test]
+fn a_taken_port_is_named_before_anything_is_attached() {
+    let holder = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let listen = format!("--listen={}", holder.local_addr().expect("bound"));
+    let (code, said) = outcome(observer(&["run", "--node-name=n", &listen]));
+    assert_eq!((code, said.lines().count()), (Some(1), 1), "{said}");
+    assert!(said.contains("choose another --listen"), "{said}");
+}
+
+#[test]
+fn without_permission_it_says_which_capabilities_are_needed() {
+    let directory = TempDir::new().expect("a directory");
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("opened");
+    let binary = directory.path().join("observer");
+    fs::copy(BINARY, &binary).expect("a copy that anyone may run");
+    let kubeconfig = kubeconfig(&directory, "http://127.0.0.1:1");
+    let mut command = Command::new(&binary);
+    command.env_clear().args(["run", "--node-name=n", "--listen=127.0.0.1:0", "--log-level=error"]);
+    command.arg(format!("--kubeconfig={}", text(&kubeconfig))).uid(NOBODY).gid(NOBODY);
+    let (code, said) = outcome(command);
+    assert_eq!((code, said.lines().count()), (Some(3), 1), "{said}");
+    assert!(said.contains("capabilities BPF, PERFMON and NET_ADMIN"), "{said}");
+}
+
+#[test]
+fn a_report_without_any_agent_fails_and_names_each() {
+    let flags = ["report", "--url=http://127.0.0.1:1", "--url=http://127.0.0.1:2"];
+    let (code, said) = outcome(observer(&flags));
+    assert_eq!((code, said.lines().count()), (Some(1), 3), "{said}");
+    assert!(said.contains("http://127.0.0.1:1: no answer: check"), "{said}");
+    assert!(said.ends_with("error: no agent answered\n"), "{said}");
+}
+
+/// Lists are empty; watches stay open and silent.
+async fn empty_cluster(uri: Uri) -> Response {
+    if uri.query().is_some_and(|query| query.contains("watch=true")) {
+        let silence = futures::stream::pending::<Result<Bytes, std::io::Error>>();
+        let headers_now = futures::stream::iter([Ok(Bytes::from("\n"))]);
+        return Body::from_stream(headers_now.chain(silence)).into_response();
+    }
+    let kind = if uri.path().ends_with("/pods") { "PodList" } else { "EndpointSliceList" };
+    let list = json!({"kind": kind, "metadata": {"resourceVersion": "1"}, "items": []});
+    axum::Json(list).into_response()
+}
+
+/// The daemon, stopped with the test whatever happens.
+struct Daemon(Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _stopped = self.0.kill().and_then(|()| self.0.wait());
+    }
+}
+
+/// Status and body, once the daemon answers at all.
+async fn get(url: String) -> Option<(u16, String)> {
+    let asked = tokio::task::spawn_blocking(move || {
+        let config = ureq::Agent::config_builder().http_status_as_error(false).build();
+        let mut answer = ureq::Agent::new_with_config(config).get(&url).call().ok()?;
+        Some((answer.status().as_u16(), answer.body_mut().read_to_string().ok()?))
+    });
+    asked.await.expect("no panic")
+}
+
+async fn wait_until_ready(url: &str) {
+    let mut last = None;
+    for _ in 0..200 {
+        last = get(format!("{url}/readyz")).await;
+        if last == Some((200, "ok\n".to_owned())) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("not ready: {last:?}");
+}
+
+#[tokio::test]
+async fn it_becomes_ready_serves_and_stops_at_sigterm() {
+    let api = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let server = format!("http://{}", api.local_addr().expect("bound"));
+    tokio::spawn(async move { axum::serve(api, Router::new().fallback(empty_cluster)).await });
+    let directory = TempDir::new().expect("a directory");
+    let kubeconfig = format!("--kubeconfig={}", text(&kubeconfig(&directory, &server)));
+    let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound");
+    let listen = format!("--listen={port}");
+    let flags = ["run", "--node-name=node-1", "--log-format=json", &listen, &kubeconfig];
+    let child = observer(&flags).stderr(Stdio::piped()).spawn().expect("the binary starts");
+    let mut daemon = Daemon(child);
+    let log = BufReader::new(daemon.0.stderr.take().expect("piped"));
+    let lines = std::thread::spawn(move || log.lines().map_while(Result::ok).collect::<Vec<_>>());
+
+    let url = format!("http://{port}");
+    wait_until_ready(&url).await;
+    let (status, metrics) = get(format!("{url}/metrics")).await.expect("metrics");
+    assert_eq!(status, 200);
+    assert!(
+        metrics.contains(r#"observer_probe_attached{method="tp_btf",signal="socket_state"} 1"#)
+    );
+    let (status, body) = get(format!("{url}/v1/terminations")).await.expect("terminations");
+    assert!(status == 200 && body.contains(r#""node":"node-1""#), "{body}");
+    let mut report = observer(&["report", &format!("--url={url}")]);
+    let report = tokio::task::spawn_blocking(move || report.output().expect("a report"));
+    let report = report.await.expect("no panic");
+    assert!(report.status.success());
+    assert!(report.stdout.starts_with(b"No termination seen yet"));
+
+    let pid = i32::try_from(daemon.0.id()).expect("a pid");
+    kill(Pid::from_raw(pid), Signal::SIGTERM).expect("signalled");
+    let status = daemon.0.wait().expect("it ends");
+    assert_eq!(status.code(), Some(0));
+    let lines = lines.join().expect("no panic");
+    assert!(lines.len() > 1, "it logs");
+    for line in lines {
+        serde_json::from_str::<serde_json::Value>(&line).expect(&line);
+    }
+}

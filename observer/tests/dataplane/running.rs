@@ -1,0 +1,281 @@
+//! The whole follower: what it reports as rules come, change, go and get lost.
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use observer::clock;
+use observer::dataplane::{
+    Counters, Dataplane, Family, LegacySignal, Settings, Status, Update, run,
+};
+use observer::facts::{Backend, BackendChange, BackendStep, Blindness, BootNs};
+use tokio::sync::mpsc::{self, Receiver, Sender};
+
+use super::namespace::{captured, expected, feed, in_namespace, nft, shown};
+
+/// Nothing here takes longer; it ends a wait that would never end.
+const PATIENCE: Duration = Duration::from_secs(20);
+const API: &[&str] = &["default/kubernetes:https Tcp 10.99.0.1 6443"];
+
+/// A follower that runs in this namespace.
+struct Running {
+    updates: Receiver<Update>,
+    legacy: Sender<LegacySignal>,
+    counters: Arc<Counters>,
+    markers: u8,
+    status: Status,
+}
+
+/// What was reported between two moments.
+#[derive(Debug, Default)]
+struct Reported {
+    added: Vec<BackendChange>,
+    removed: Vec<BackendChange>,
+    blind: Vec<Blindness>,
+}
+
+impl Reported {
+    fn added(&self) -> BTreeSet<String> {
+        shown(self.added.iter().map(|change| &change.backend))
+    }
+
+    fn removed(&self) -> BTreeSet<String> {
+        shown(self.removed.iter().map(|change| &change.backend))
+    }
+
+    fn take(&mut self, update: Update) {
+        match update {
+            Update::Change(change) => match change.step {
+                BackendStep::Added => self.added.push(change),
+                BackendStep::Removed => self.removed.push(change),
+            },
+            Update::Blind(blind) => self.blind.push(blind),
+            Update::Present { .. } | Update::Status(_) => {}
+        }
+    }
+}
+
+impl Running {
+    /// Starts it; gives what was present.
+    async fn start(receive_buffer_bytes: usize) -> (Self, BTreeSet<String>) {
+        let counters = Arc::new(Counters::default());
+        let settings = Settings { receive_buffer_bytes, counters: counters.clone() };
+        let (legacy, legacy_signals) = mpsc::channel(16);
+        let (sender, updates) = mpsc::channel(1024);
+        tokio::spawn(async move {
+            run(settings, legacy_signals, sender).await.expect("follow the rules");
+        });
+        let status = Status::default();
+        let mut running = Self { updates, legacy, counters, markers: 0, status };
+        let Update::Present { backends, .. } = running.next().await else {
+            panic!("what is present comes first")
+        };
+        (running, shown(&backends))
+    }
+
+    async fn next(&mut self) -> Update {
+        let update = tokio::time::timeout(PATIENCE, self.updates.recv()).await;
+        let update = update.expect("an update in time").expect("it still runs");
+        if let Update::Status(status) = &update {
+            self.status = status.clone();
+        }
+        update
+    }
+
+    /// Everything reported up to now: a table of our own adds a backend that marks the end.
+    async fn reported(&mut self) -> Reported {
+        self.markers += 1;
+        let marker = format!("192.0.2.{}", self.markers);
+        nft(&format!(
+            "add table ip marker; delete table ip marker; add table ip marker
+            add chain ip marker c {{ type nat hook prerouting priority 0; }}
+            add rule ip marker c meta l4proto tcp dnat to {marker}:1"
+        ));
+        let is_marker = |backend: &Backend| backend.address.to_string().starts_with("192.0.2.");
+        let mut reported = Reported::default();
+        loop {
+            match self.next().await {
+                Update::Change(change) if change.backend.address.to_string() == marker => {
+                    return reported;
+                }
+                Update::Change(change) if is_marker(&change.backend) => {}
+                update => reported.take(update),
+            }
+        }
+    }
+
+    /// Waits for updates until one satisfies `last`.
+    async fn until(&mut self, last: impl Fn(&Update) -> bool) -> Reported {
+        let mut reported = Reported::default();
+        loop {
+            let update = self.next().await;
+            let end = last(&update);
+            reported.take(update);
+            if end {
+                return reported;
+            }
+        }
+    }
+}
+
+/// The follower has a thread of its own.
+fn in_runtime<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+    in_namespace(move || {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(1).enable_all().build().expect("build a runtime");
+        runtime.block_on(test());
+    });
+}
+
+fn nftables(state: &str) -> String {
+    captured(&format!("nftables-1.36/{state}.nft"))
+}
+
+#[test]
+fn each_commit_gives_its_changes_and_no_others() {
+    in_runtime(async || {
+        nft(&nftables("0-before"));
+        let (mut running, present) = Running::start(16 << 20).await;
+        assert_eq!(present, expected(&[18, 19, 20], API), "present, not added");
+
+        let from = clock::now();
+        nft(&format!("delete table ip kube-proxy\n{}", nftables("1-terminating")));
+        let until = clock::now();
+        let reported = running.reported().await;
+        assert_eq!(reported.removed(), expected(&[20], &[]));
+        assert_eq!(reported.added(), expected(&[21], &[]));
+        for change in reported.removed.iter().chain(&reported.added) {
+            assert!(
+                change.at >= from && change.at.minus(change.uncertainty) <= until,
+                "{change:?}"
+            );
+        }
+        assert_eq!(running.status.in_use, BTreeSet::from([Dataplane::Nftables]));
+
+        let rewrite = format!("delete table ip kube-proxy\n{}", nftables("3-gone"));
+        nft(&rewrite);
+        let reported = running.reported().await;
+        assert!(reported.added.is_empty() && reported.removed.is_empty(), "{reported:?}");
+
+        nft(&format!("delete table ip kube-proxy\n{}", nftables("5-all-unready")));
+        assert_eq!(running.reported().await.removed(), expected(&[18, 19, 21], &[]));
+        nft("delete table ip kube-proxy");
+        assert_eq!(running.reported().await.removed(), expected(&[], API));
+        assert_eq!(running.status.in_use, BTreeSet::new());
+        assert_eq!(running.counters.gaps.get() + running.counters.overruns.get(), 0);
+    });
+}
+
+#[test]
+fn small_commits_as_kube_proxy_makes_them_are_followed() {
+    in_runtime(async || {
+        nft(&nftables("0-before"));
+        let (mut running, _) = Running::start(16 << 20).await;
+        // What kube-proxy writes when 10.244.0.20 leaves one Service.
+        nft("add chain ip kube-proxy service-SUSTUHLJ-default/web/tcp/http
+            flush chain ip kube-proxy service-SUSTUHLJ-default/web/tcp/http
+            add rule ip kube-proxy service-SUSTUHLJ-default/web/tcp/http meta l4proto tcp dnat ip to \
+                numgen random mod 2 map { 0 : 10.244.0.18 . 8080, 1 : 10.244.0.19 . 8080 }
+            delete element ip kube-proxy hairpin-connections { 10.244.0.20 . 10.244.0.20 . tcp . 8080 }");
+        let reported = running.reported().await;
+        let web = BTreeSet::from(["default/web:http Tcp 10.244.0.20 8080".to_owned()]);
+        assert_eq!((reported.removed(), reported.added()), (web, BTreeSet::new()));
+        // The Service's last endpoint goes: its chain stays for a while, but nothing leads there.
+        nft("delete element ip kube-proxy service-ips { 10.96.79.89 . udp . 5353 }
+            add element ip kube-proxy no-endpoint-services { 10.96.79.89 . udp . 5353 : goto reject-chain }");
+        let udp: BTreeSet<_> =
+            (18..=20).map(|pod| format!("default/udp:u Udp 10.244.0.{pod} 5353")).collect();
+        assert_eq!(running.reported().await.removed(), udp);
+    });
+}
+
+#[test]
+fn lost_messages_make_a_span_blind_and_the_outcome_uncertain() {
+    in_runtime(async || {
+        nft(&nftables("0-before"));
+        let (mut running, _) = Running::start(2048).await;
+        running.reported().await;
+        let from = clock::now();
+        // Hundreds of datagrams at once, and room for one.
+        let padding = "add rule ip padding c counter\n".repeat(5_000);
+        nft(&format!(
+            "delete table ip kube-proxy\n{}\nadd table ip padding\nadd chain ip padding c\n{padding}",
+            nftables("5-all-unready")
+        ));
+        let gone = expected(&[18, 19, 20], &[]);
+        let two =
+            |update: &Update| matches!(update, Update::Status(status) if status.backends == 2);
+        let reported = running.until(two).await;
+        assert_eq!(reported.removed(), gone);
+        let [blind] = &reported.blind[..] else { panic!("one blind span: {reported:?}") };
+        assert!(blind.from <= clock::now() && blind.until >= from, "{blind:?}");
+        for change in &reported.removed {
+            assert_eq!(change.at.minus(change.uncertainty), blind.from, "{change:?}");
+            assert_eq!(change.at, blind.until);
+        }
+        assert!(running.counters.overruns.get() >= 1);
+        assert!(running.counters.resyncs.get() >= 1);
+    });
+}
+
+fn legacy(state: &str) {
+    feed(&["iptables-legacy-restore"], &captured(&format!("iptables-legacy/{state}.txt")));
+}
+
+#[test]
+fn legacy_commits_are_read_when_they_are_signalled() {
+    in_runtime(async || {
+        legacy("0-before");
+        let (mut running, present) = Running::start(16 << 20).await;
+        assert_eq!(present, expected(&[26, 27, 28], API));
+        legacy("1-terminating");
+        let at = clock::now();
+        running.legacy.send(LegacySignal::Commit { at, family: Family::V4 }).await.expect("sent");
+        let changes = expected(&[27], &[]).len() + expected(&[29], &[]).len();
+        let mut reported = Reported::default();
+        while reported.added.len() + reported.removed.len() < changes {
+            let update = running.next().await;
+            reported.take(update);
+        }
+        assert_eq!(reported.removed(), expected(&[27], &[]));
+        assert_eq!(reported.added(), expected(&[29], &[]));
+        assert!(reported.removed.iter().all(|change| change.at == at));
+        assert_eq!(running.status.in_use, BTreeSet::from([Dataplane::IptablesLegacy]));
+
+        let from = clock::now();
+        legacy("5-all-unready");
+        let until = clock::now();
+        running.legacy.send(LegacySignal::Missed { from, until }).await.expect("sent");
+        let last =
+            |update: &Update| matches!(update, Update::Status(status) if status.backends == 1);
+        let reported = running.until(last).await;
+        assert_eq!(reported.removed(), expected(&[26, 28, 29], &[]));
+        assert_eq!(reported.blind.len(), 1);
+        assert!(reported.removed.iter().all(|change| change.at.minus(change.uncertainty) == from));
+    });
+}
+
+#[test]
+fn two_legacy_commits_before_one_read_share_their_span() {
+    in_runtime(async || {
+        legacy("0-before");
+        let (mut running, _) = Running::start(16 << 20).await;
+        legacy("6-none");
+        let last = clock::now();
+        let first = BootNs(last.0 - 5_000_000);
+        for at in [first, last] {
+            let signal = LegacySignal::Commit { at, family: Family::V4 };
+            running.legacy.send(signal).await.expect("sent");
+        }
+        let done =
+            |update: &Update| matches!(update, Update::Status(status) if status.backends == 1);
+        let reported = running.until(done).await;
+        assert_eq!(reported.removed(), expected(&[26, 27, 28], &[]));
+        for change in &reported.removed {
+            assert_eq!(change.at, last);
+            assert!(change.at.minus(change.uncertainty) <= first);
+        }
+        assert_eq!(running.counters.legacy_reads.get(), 2 + 1, "both families at start, then once");
+    });
+}

@@ -1,0 +1,239 @@
+//! The agent's figures against the truth, on every dataplane and address family: gap, head start
+//! and arrival tail of 20 terminations each, every refused connection counted, and none with the
+//! sleep that the report recommends.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use xtask::lab::agent::Agent;
+use xtask::lab::clock::{boot_ns, nanos};
+use xtask::lab::load::{Attempt, Outcome};
+use xtask::lab::network::{Family, Place};
+use xtask::lab::rules::Dataplane;
+use xtask::lab::truth::Truth;
+use xtask::lab::{Behaviour, Lab, Options, PodPlan, RunningPod};
+
+const TERMINATIONS: usize = 20;
+const RULES_DELAY: Duration = Duration::from_millis(300);
+const CONNECTS_PER_SECOND: u32 = 200;
+const CLIENT_THREADS: u32 = 4;
+/// The promise of the measurement.
+const P99_LIMIT_MS: f64 = 10.0;
+/// The agent keeps a termination open for a while after its end, to learn what comes late.
+const CLOSE_LIMIT: Duration = Duration::from_secs(40);
+/// A change of the rules and what follows from it has settled after this.
+const SETTLED: Duration = Duration::from_millis(100);
+
+/// One quantity's errors over all terminations, in ms.
+struct Errors {
+    quantity: &'static str,
+    magnitudes_ms: Vec<f64>,
+}
+
+impl Errors {
+    fn new(quantity: &'static str) -> Self {
+        Self { quantity, magnitudes_ms: Vec::new() }
+    }
+
+    fn add(&mut self, measured: &Value, truth: Option<f64>, what: &str) -> Result<()> {
+        let truth = truth.with_context(|| format!("{what}: the lab has no {}", self.quantity))?;
+        let measured =
+            measured.as_f64().with_context(|| format!("{what}: no {} measured", self.quantity))?;
+        self.magnitudes_ms.push((measured - truth).abs() * 1e3);
+        self.magnitudes_ms.sort_by(f64::total_cmp);
+        Ok(())
+    }
+
+    /// By nearest rank.
+    fn percentile_ms(&self, percent: usize) -> f64 {
+        let rank = (self.magnitudes_ms.len() * percent).div_ceil(100);
+        self.magnitudes_ms.get(rank.saturating_sub(1)).copied().unwrap_or(f64::NAN)
+    }
+}
+
+/// A Service of three pods under load, with the agent running.
+struct Scene {
+    lab: Lab,
+    agent: Agent,
+    family: Family,
+    pods: Vec<RunningPod>,
+}
+
+impl Scene {
+    fn build(dataplane: Dataplane, family: Family) -> Result<Self> {
+        let lab = Lab::build(Options {
+            pod_program: PathBuf::from(env!("CARGO_BIN_EXE_xtask")),
+            dataplane,
+            slice_delay: Duration::from_millis(10),
+            rules_delay: Duration::ZERO,
+        })?;
+        lab.add_service("web", "web", &[family])?;
+        let observer = Path::new(env!("CARGO_BIN_EXE_xtask")).with_file_name("observer");
+        let agent = lab.start_agent(&observer)?;
+        let pods = (0..3).map(|_| lab.start_pod(&plan(0, None))).collect::<Result<Vec<_>>>()?;
+        lab.wait_for_backends(&[family], &pods)?;
+        lab.set_rules_delay(RULES_DELAY);
+        Ok(Self { lab, agent, family, pods })
+    }
+
+    /// Deletes the oldest pod and starts its replacement, as a ReplicaSet does; returns the
+    /// victim's UID once the rules have settled and the pod is gone.
+    fn replace_oldest(&mut self, replacement: &PodPlan) -> Result<String> {
+        let victim = self.pods.remove(0);
+        let termination = self.lab.delete_pod(&victim);
+        self.pods.push(self.lab.start_pod(replacement)?);
+        termination.wait()?;
+        self.lab.wait_for_backends(&[self.family], &self.pods)?;
+        std::thread::sleep(SETTLED);
+        Ok(victim.uid)
+    }
+
+    fn under_load<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<(T, Vec<Attempt>)> {
+        let target = self.lab.service_address("web", self.family)?;
+        let load = self.lab.start_load(Place::Client, target, CONNECTS_PER_SECOND, CLIENT_THREADS);
+        let done = work(self)?;
+        Ok((done, load.stop()?))
+    }
+
+    /// What the agent knows of these pods, once it has closed all of them.
+    fn closed(&self, uids: &[String]) -> Result<Vec<Value>> {
+        let until_ns = boot_ns() + nanos(CLOSE_LIMIT);
+        loop {
+            let known = self.agent.terminations()?;
+            let of = |uid: &String| known.iter().find(|known| known["pod"]["uid"] == uid.as_str());
+            let found: Vec<&Value> = uids.iter().filter_map(of).collect();
+            let closed = found.iter().filter(|found| found["state"] == "closed").count();
+            if closed == uids.len() {
+                return Ok(found.into_iter().cloned().collect());
+            }
+            let count = (uids.len(), found.len());
+            ensure!(boot_ns() < until_ns, "of {count:?} (made, known) {closed} are closed");
+            std::thread::sleep(SETTLED);
+        }
+    }
+}
+
+/// Half of the pods finish at once and are gone before the rules follow, half stay meanwhile.
+fn plan(number: usize, sleep: Option<u64>) -> PodPlan {
+    let linger = Duration::from_millis(if number.is_multiple_of(2) { 0 } else { 600 });
+    PodPlan {
+        behaviour: Behaviour { linger, ..Behaviour::default() },
+        pre_stop_sleep_seconds: sleep,
+        ..PodPlan::of("web")
+    }
+}
+
+fn refused(attempts: &[Attempt]) -> usize {
+    attempts.iter().filter(|attempt| attempt.outcome == Outcome::Refused).count()
+}
+
+fn compare(
+    truth: &Truth,
+    attempts: &[Attempt],
+    uids: &[String],
+    measured: &[Value],
+) -> Result<[Errors; 3]> {
+    let mut errors = [Errors::new("gap"), Errors::new("head start"), Errors::new("arrival tail")];
+    for (number, (uid, measured)) in uids.iter().zip(measured).enumerate() {
+        let what = format!("termination {number}: {measured:#}");
+        let requested = |uid: &String| truth.pods[uid].deletion_requested_ns;
+        let next_ns = uids.get(number + 1).and_then(requested).unwrap_or(u64::MAX);
+        let of_this: Vec<Attempt> =
+            attempts.iter().filter(|attempt| attempt.started_ns < next_ns).cloned().collect();
+        let [gap, head_start, tail] = &mut errors;
+        gap.add(&measured["gapSeconds"], truth.gap_seconds(uid), &what)?;
+        head_start.add(&measured["headStartSeconds"], truth.head_start_seconds(uid), &what)?;
+        let arrival_tail = truth.arrival_tail_seconds(uid, &of_this);
+        tail.add(&measured["arrivalTailSeconds"], arrival_tail, &what)?;
+        ensure!(measured["censored"] == serde_json::json!([]), "censored: {what}");
+    }
+    Ok(errors)
+}
+
+fn recommended_sleep(agent: &Agent) -> Result<u64> {
+    let report = agent.report("json")?;
+    let report: Value = serde_json::from_str(&report).context("observer report --output json")?;
+    report["workloads"][0]["recommendation"]["sleepSeconds"]
+        .as_u64()
+        .with_context(|| format!("no sleep is recommended: {report:#}"))
+}
+
+fn measure(dataplane: Dataplane, family: Family) -> Result<()> {
+    let mut scene = Scene::build(dataplane, family)?;
+    let (uids, attempts) = scene.under_load(|scene| {
+        std::thread::sleep(SETTLED);
+        (0..TERMINATIONS).map(|number| scene.replace_oldest(&plan(number, None))).collect()
+    })?;
+    let uids: Vec<String> = uids;
+    let measured = scene.closed(&uids)?;
+    let errors = compare(&scene.lab.truth(), &attempts, &uids, &measured)?;
+    let by_clients = refused(&attempts);
+    let by_agent: u64 = measured.iter().filter_map(|measured| measured["refused"].as_u64()).sum();
+
+    let sleep_seconds = recommended_sleep(&scene.agent)?;
+    for _ in 0..3 {
+        scene.replace_oldest(&plan(0, Some(sleep_seconds)))?;
+    }
+    let (_, with_sleep) = scene.under_load(|scene| {
+        (0..3).try_for_each(|_| scene.replace_oldest(&plan(0, Some(sleep_seconds))).map(drop))
+    })?;
+    let afterwards = refused(&with_sleep);
+    scene.agent.stop()?;
+
+    let mut out = std::io::stdout().lock();
+    let name = format!("{} {}", dataplane.name(), family.address_type());
+    writeln!(out, "\n{name}: errors of {TERMINATIONS} terminations, ms")?;
+    writeln!(out, "  {:<14}{:>9}{:>9}{:>9}", "", "median", "p99", "max")?;
+    for quantity in &errors {
+        let [median, p99, max] = [50, 99, 100].map(|percent| quantity.percentile_ms(percent));
+        writeln!(out, "  {:<14}{median:>9.3}{p99:>9.3}{max:>9.3}", quantity.quantity)?;
+    }
+    writeln!(out, "  refused: clients {by_clients}, agent {by_agent}, of {}", attempts.len())?;
+    writeln!(out, "  with preStop sleep {sleep_seconds} s: {afterwards} of {}", with_sleep.len())?;
+    drop(out);
+
+    for quantity in &errors {
+        let p99 = quantity.percentile_ms(99);
+        assert!(p99 <= P99_LIMIT_MS, "{name}: {} is {p99} ms off (p99)", quantity.quantity);
+    }
+    assert!(by_clients > 0, "{name}: the rules were not late enough to see anything");
+    assert_eq!(u64::try_from(by_clients)?, by_agent, "{name}: refused, clients and agent");
+    assert_eq!(afterwards, 0, "{name}: refused with the recommended sleep");
+    Ok(())
+}
+
+#[test]
+fn measures_what_happened_nftables_ipv4() -> Result<()> {
+    measure(Dataplane::Nftables, Family::V4)
+}
+
+#[test]
+fn measures_what_happened_nftables_ipv6() -> Result<()> {
+    measure(Dataplane::Nftables, Family::V6)
+}
+
+#[test]
+fn measures_what_happened_iptables_nft_ipv4() -> Result<()> {
+    measure(Dataplane::IptablesNft, Family::V4)
+}
+
+#[test]
+fn measures_what_happened_iptables_nft_ipv6() -> Result<()> {
+    measure(Dataplane::IptablesNft, Family::V6)
+}
+
+#[test]
+fn measures_what_happened_iptables_legacy_ipv4() -> Result<()> {
+    measure(Dataplane::IptablesLegacy, Family::V4)
+}
+
+#[test]
+fn measures_what_happened_iptables_legacy_ipv6() -> Result<()> {
+    measure(Dataplane::IptablesLegacy, Family::V6)
+}
