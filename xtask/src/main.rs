@@ -53,7 +53,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Demo(args) => demo(args),
         Command::Ci => ci::run(),
-        Command::LabPod(args) => xtask::lab::pod::run(args),
+        Command::LabPod(args) => xtask::lab::pod::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -67,5 +67,5 @@ fn main() -> ExitCode {
 fn demo(args: xtask::demo::Args) -> anyhow::Result<()> {
     setup::run(setup::Task::Network)?;
     build::observer(build::Profile::Dev)?;
-    xtask::demo::run(args)
+    xtask::demo::run(&args)
 }

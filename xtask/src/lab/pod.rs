@@ -68,7 +68,7 @@ pub struct Args {
 ///
 /// # Errors
 /// When it cannot enter its cgroup or listen.
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: &Args) -> Result<()> {
     fs::write(args.cgroup.join("cgroup.procs"), "0")
         .with_context(|| format!("cannot enter {}", args.cgroup.display()))?;
     let signals = SigSet::from(Signal::SIGTERM);
@@ -77,7 +77,7 @@ pub fn run(args: Args) -> Result<()> {
     let listen_at_ns = clock::boot_ns() + args.listen_after_ms * 1_000_000;
     let mut server = Server {
         listen_at_ns: (!args.never_listen).then_some(listen_at_ns),
-        args,
+        args: args.clone(),
         signals,
         listener: None,
         open: Vec::new(),
