@@ -83,10 +83,10 @@ pub fn count_arrival(ctx: &impl EbpfContext, event: &Event, outcome: u8) {
         netns_cookie: event.netns_cookie,
         port: event.local_port,
         outcome,
-        source: RANGE_TO_SOURCE.get(&range).copied().unwrap_or(source::UNCLASSIFIED),
+        source: RANGE_TO_SOURCE.get(range).copied().unwrap_or(source::UNCLASSIFIED),
         reserved: 0,
     };
-    if let Some(arrivals) = ARRIVAL_TO_COUNT.get_ptr_mut(&key) {
+    if let Some(arrivals) = ARRIVAL_TO_COUNT.get_ptr_mut(key) {
         // SAFETY: this CPU's own value.
         unsafe {
             (*arrivals).count += 1;
@@ -95,7 +95,7 @@ pub fn count_arrival(ctx: &impl EbpfContext, event: &Event, outcome: u8) {
         return;
     }
     let first = ArrivalCount { count: 1, last_boot_ns: event.boot_ns };
-    if ARRIVAL_TO_COUNT.insert(&key, &first, 0).is_err()
+    if ARRIVAL_TO_COUNT.insert(key, first, 0).is_err()
         && let Some(counts) = counts(event.signal)
     {
         if counts.map_full == 0 {
@@ -119,10 +119,10 @@ fn counts(signal: u32) -> Option<&'static mut SignalCounts> {
 #[inline(always)]
 fn within_budget(event: &mut Event) -> bool {
     let key = BudgetKey::of(event);
-    let Some(budget) = KEY_TO_BUDGET.get_ptr_mut(&key) else {
+    let Some(budget) = KEY_TO_BUDGET.get_ptr_mut(key) else {
         let fresh = Budget { window_start_ns: event.boot_ns, sent: 1, suppressed: 0 };
         // A failed insert costs this key its budget's memory, never the event.
-        let _inserted = KEY_TO_BUDGET.insert(&key, &fresh, 0);
+        let _inserted = KEY_TO_BUDGET.insert(key, fresh, 0);
         return true;
     };
     // SAFETY: map memory, valid until the program ends. Two CPUs may race on one key: the budget

@@ -19,7 +19,7 @@ const EXIT_CODES: &str = "Exit codes:
   0  done, or stopped by SIGTERM or SIGINT
   1  failed while running: port taken, kubeconfig unusable, no agent answered
   2  the command line is wrong
-  3  this machine or its permissions cannot do it: no kernel BTF, no CAP_BPF";
+  3  this machine or its permissions cannot do it: no kernel BTF, or a capability is missing";
 
 /// Measures how long a deleted pod keeps receiving new connections, and which preStop sleep its
 /// workload needs.

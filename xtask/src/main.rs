@@ -51,7 +51,7 @@ fn main() -> ExitCode {
         Command::Build(args) => build::run(&args),
         Command::Lint => lint::run(),
         Command::Test(args) => test::run(&args),
-        Command::Demo(args) => demo(args),
+        Command::Demo(args) => demo(&args),
         Command::Ci => ci::run(),
         Command::LabPod(args) => xtask::lab::pod::run(&args),
     };
@@ -64,8 +64,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn demo(args: xtask::demo::Args) -> anyhow::Result<()> {
+fn demo(args: &xtask::demo::Args) -> anyhow::Result<()> {
     setup::run(setup::Task::Network)?;
     build::observer(build::Profile::Dev)?;
-    xtask::demo::run(&args)
+    xtask::demo::run(args)
 }

@@ -22,7 +22,7 @@ use tracing::{info, warn};
 use crate::facts::Origin;
 use crate::kernel::addresses::{Addresses, Range};
 use crate::kernel::probes::LEGACY_COMMIT;
-use crate::kernel::{self, Probes};
+use crate::kernel::{self, Probes, StartError};
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::{api, clock, cluster, dataplane};
@@ -129,6 +129,9 @@ fn describe_end(
     ended: Option<Result<(&'static str, anyhow::Result<()>), tokio::task::JoinError>>,
 ) -> anyhow::Error {
     match ended {
+        Some(Ok((_, Err(error)))) if kernel::is_permission_error(&error) => {
+            StartError::NoPermission(error).into()
+        }
         Some(Ok((name, Err(error)))) => error.context(format!("the {name} failed")),
         Some(Ok((name, Ok(())))) => anyhow!("the {name} ended early"),
         Some(Err(error)) => anyhow::Error::new(error).context("a task panicked"),

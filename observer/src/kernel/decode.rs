@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
+use bytes::Buf as _;
 use observer_common::{Event, Ip, signal};
 
 use crate::facts::{BootNs, Happening, KernelEvent};
@@ -66,33 +67,25 @@ fn read(record: &[u8]) -> Result<Event, Undecodable> {
     if record.len() != size_of::<Event>() {
         return Err(Undecodable::Length(record.len()));
     }
-    let mut fields = Fields(record);
-    Ok(Event {
-        boot_ns: u64::from_ne_bytes(fields.take()),
-        netns_cookie: u64::from_ne_bytes(fields.take()),
-        cgroup_id: u64::from_ne_bytes(fields.take()),
-        socket: u64::from_ne_bytes(fields.take()),
-        local_address: Ip::from_octets(fields.take()),
-        remote_address: Ip::from_octets(fields.take()),
-        signal: u32::from_ne_bytes(fields.take()),
-        code: u32::from_ne_bytes(fields.take()),
-        netns_inum: u32::from_ne_bytes(fields.take()),
-        pid: u32::from_ne_bytes(fields.take()),
-        suppressed: u32::from_ne_bytes(fields.take()),
-        local_port: u16::from_ne_bytes(fields.take()),
-        remote_port: u16::from_ne_bytes(fields.take()),
-    })
-}
-
-/// Takes fields off the front; the length was checked, a short rest reads as zeros.
-struct Fields<'a>(&'a [u8]);
-
-impl Fields<'_> {
-    fn take<const N: usize>(&mut self) -> [u8; N] {
-        let Some((field, rest)) = self.0.split_first_chunk::<N>() else { return [0; N] };
-        self.0 = rest;
-        *field
-    }
+    let mut rest = record;
+    let event = Event {
+        boot_ns: rest.get_u64_ne(),
+        netns_cookie: rest.get_u64_ne(),
+        cgroup_id: rest.get_u64_ne(),
+        socket: rest.get_u64_ne(),
+        local_address: Ip { first: rest.get_u64_ne(), last: rest.get_u64_ne() },
+        remote_address: Ip { first: rest.get_u64_ne(), last: rest.get_u64_ne() },
+        signal: rest.get_u32_ne(),
+        code: rest.get_u32_ne(),
+        netns_inum: rest.get_u32_ne(),
+        pid: rest.get_u32_ne(),
+        suppressed: rest.get_u32_ne(),
+        local_port: rest.get_u16_ne(),
+        remote_port: rest.get_u16_ne(),
+    };
+    // `get_*` panics past the end: the fields above are the whole record, whose length was checked.
+    debug_assert!(rest.is_empty());
+    Ok(event)
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context as _, anyhow};
 use aya::maps::{Map, MapData, RingBuf};
 use aya::{Ebpf, EbpfLoader};
+use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
@@ -45,7 +46,7 @@ static PROGRAMS: &[u8] =
 pub enum StartError {
     /// The running kernel has no usable type information.
     NoBtf(anyhow::Error),
-    /// The process may not load programs.
+    /// The process may not load programs or read the node's rules.
     NoPermission(anyhow::Error),
     /// Anything else.
     Failed(anyhow::Error),
@@ -61,8 +62,8 @@ impl fmt::Display for StartError {
             ),
             Self::NoPermission(error) => write!(
                 f,
-                "not allowed to load kernel programs ({error:#}): run as root, or with the \
-                 capabilities BPF, PERFMON and NET_ADMIN"
+                "not permitted ({error:#}): run as root, or with the capabilities BPF, PERFMON, \
+                 NET_ADMIN and NET_RAW"
             ),
             Self::Failed(error) => write!(f, "cannot load the kernel programs: {error:#}"),
         }
@@ -141,11 +142,12 @@ fn classify(error: anyhow::Error) -> StartError {
     }
 }
 
-fn is_permission_error(error: &anyhow::Error) -> bool {
+/// Whether the kernel refused for lack of privileges.
+pub(crate) fn is_permission_error(error: &anyhow::Error) -> bool {
+    let denied = |io: &io::Error| io.kind() == io::ErrorKind::PermissionDenied;
     error.chain().any(|cause| {
-        cause
-            .downcast_ref::<io::Error>()
-            .is_some_and(|io| io.kind() == io::ErrorKind::PermissionDenied)
+        cause.downcast_ref::<io::Error>().is_some_and(denied)
+            || matches!(cause.downcast_ref(), Some(Errno::EPERM | Errno::EACCES))
     })
 }
 

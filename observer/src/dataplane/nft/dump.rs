@@ -162,9 +162,10 @@ fn fault(frame: &Frame<'_>) -> Result<(), Fault> {
         Errno::UnknownErrno if code == 0 => Ok(()),
         Errno::ENOENT | Errno::EINTR | Errno::EAGAIN => Err(Fault::Changed),
         Errno::EINVAL | Errno::EOPNOTSUPP => Err(Fault::Absent),
-        Errno::EPERM => Err(Fault::Other(anyhow::anyhow!(
-            "not permitted to read the node's nf_tables rules: CAP_NET_ADMIN is missing"
-        ))),
+        Errno::EPERM => Err(Fault::Other(
+            anyhow::Error::new(Errno::EPERM)
+                .context("not permitted to read the node's nf_tables rules (needs CAP_NET_ADMIN)"),
+        )),
         errno => Err(Fault::Other(anyhow::Error::new(errno).context("read nf_tables rules"))),
     }
 }
