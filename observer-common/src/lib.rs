@@ -40,7 +40,7 @@ pub mod signal {
     pub const PROCESS_EXITED: u32 = 12;
     /// The kernel's out-of-memory killer chose a process.
     pub const OOM_KILLED: u32 = 13;
-    /// A legacy iptables table was replaced. `code` is the protocol family, 4 or 6.
+    /// The legacy iptables table `nat` was replaced. `code` is the protocol family, 4 or 6.
     pub const LEGACY_COMMIT: u32 = 14;
     /// How many signals there are.
     pub const COUNT: u32 = 15;
@@ -248,6 +248,8 @@ pub struct Layout {
     pub regs_arg1: u32,
     /// `pt_regs.dx`: the third argument of a system call (x86-64)
     pub regs_arg2: u32,
+    /// `pt_regs.r10`: the fourth argument of a system call (x86-64)
+    pub regs_arg3: u32,
     /// `SKB_DROP_REASON_NETFILTER_DROP`
     pub reason_netfilter_drop: u32,
     /// `SKB_DROP_REASON_NO_SOCKET`, or absent when `tcp_send_reset` tells instead (Linux 6.10).
@@ -271,7 +273,7 @@ const _: () = {
     assert!(size_of::<ArrivalKey>() == 32);
     assert!(offset_of!(ArrivalKey, port) == 24);
     assert!(size_of::<ArrivalCount>() == 16);
-    assert!(size_of::<Layout>() == 33 * 4);
+    assert!(size_of::<Layout>() == 34 * 4);
 };
 
 #[cfg(feature = "user")]

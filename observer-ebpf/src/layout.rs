@@ -46,6 +46,7 @@ const ABSENT: Layout = Layout {
     regs_nr: Layout::ABSENT,
     regs_arg1: Layout::ABSENT,
     regs_arg2: Layout::ABSENT,
+    regs_arg3: Layout::ABSENT,
     reason_netfilter_drop: Layout::ABSENT,
     reason_no_socket: Layout::ABSENT,
     own_netns_inum: Layout::ABSENT,

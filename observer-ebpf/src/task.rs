@@ -1,7 +1,10 @@
 //! Stages that start from a `struct task_struct`, and what a task, socket or device points to: its
 //! network namespace and its cgroup.
 
-use aya_ebpf::{EbpfContext, helpers::bpf_get_current_task};
+use aya_ebpf::{
+    EbpfContext,
+    helpers::{bpf_get_current_task, bpf_probe_read_user},
+};
 use observer_common::{Event, signal};
 
 use crate::{
@@ -71,6 +74,9 @@ pub fn system_call_returned(ctx: &impl EbpfContext, result: i64) -> i32 {
         Some(SOL_IPV6) => 6,
         _ => return 0,
     };
+    if is_other_table(read_or_zero(regs, offset!(regs_arg3))) {
+        return 0;
+    }
     let mut event = report::event(signal::LEGACY_COMMIT);
     // SAFETY: a helper without arguments.
     fill(&mut event, unsafe { bpf_get_current_task() });
@@ -80,6 +86,16 @@ pub fn system_call_returned(ctx: &impl EbpfContext, result: i64) -> i32 {
     event.code = family;
     report::send_always(ctx, &event);
     0
+}
+
+/// Whether `struct ipt_replace` in user memory names a table other than `nat`, the only one that
+/// holds backends: a restore replaces several, one after the other. Memory that cannot be read
+/// without a page fault counts as `nat`.
+#[inline(always)]
+fn is_other_table(replacement: Address) -> bool {
+    // SAFETY: the helper checks the address; any four bytes are a valid array.
+    let name = unsafe { bpf_probe_read_user(replacement as *const [u8; 4]) };
+    name.is_ok_and(|name| name != *b"nat\0")
 }
 
 #[inline(always)]

@@ -284,7 +284,7 @@ pub enum Happening {
     Exited,
     /// The kernel's out-of-memory killer chose the process.
     OomKilled,
-    /// A legacy iptables table of this node was replaced.
+    /// The legacy iptables table `nat` of this node was replaced.
     LegacyCommit {
         /// 4 or 6.
         family: u32,

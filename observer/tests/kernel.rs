@@ -185,6 +185,7 @@ fn legacy_commits_are_seen_in_the_own_namespace_and_only_changes_count() {
             run("iptables-legacy", "-t nat -A OUTPUT -d 198.51.100.1 -j RETURN");
             run("ip6tables-legacy", "-t nat -A OUTPUT -d 2001:db8::1 -j RETURN");
             run("iptables-legacy", "-t nat -S");
+            run("iptables-legacy", "-t filter -A OUTPUT -d 198.51.100.1 -j RETURN");
         };
         let unattached: Vec<Happening> = commits(false, &change);
         assert_eq!(unattached, []);

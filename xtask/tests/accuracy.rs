@@ -27,10 +27,6 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(40);
 /// A change of the rules and what follows from it has settled after this.
 const SETTLED: Duration = Duration::from_millis(100);
 
-/// What the agent may have missed while it started censors a termination that begins within
-/// seconds of it, by design.
-const WARM_UP: Duration = Duration::from_secs(3);
-
 /// One quantity's errors over all terminations, in ms.
 struct Errors {
     quantity: &'static str,
@@ -171,7 +167,6 @@ fn recommended_sleep(agent: &Agent) -> Result<u64> {
 fn measure(dataplane: Dataplane, family: Family) -> Result<()> {
     let mut scene = Scene::build(dataplane, family)?;
     let (uids, attempts) = scene.under_load(|scene| {
-        std::thread::sleep(WARM_UP);
         (0..TERMINATIONS).map(|number| scene.replace_oldest(&plan(number, None))).collect()
     })?;
     let uids: Vec<String> = uids;

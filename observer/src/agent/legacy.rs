@@ -6,6 +6,7 @@
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
+use crate::clock;
 use crate::dataplane::{Family, LegacySignal, legacy_tables_in_use};
 use crate::facts::BootNs;
 use crate::kernel::Probes;
@@ -26,13 +27,23 @@ pub(super) struct LegacyCommits {
 }
 
 impl LegacyCommits {
-    pub(super) fn new(
+    /// Attaches the hook at once if it is needed: the dataplane's reader starts later and reads
+    /// every table then, so nothing before that counts as missed.
+    ///
+    /// # Errors
+    /// When the hook cannot be detached.
+    pub(super) fn start(
         signals: mpsc::Sender<LegacySignal>,
         readiness: Item,
-        started: BootNs,
-    ) -> Self {
-        readiness.up();
-        Self { signals, readiness, attached: false, absent_at: started, missed_from: None }
+        probes: &mut Probes,
+        metrics: &Metrics,
+    ) -> anyhow::Result<Self> {
+        let attached = legacy_tables_in_use();
+        let this =
+            Self { signals, readiness, attached, absent_at: clock::now(), missed_from: None };
+        probes.watch_legacy_commits(attached)?;
+        this.show(probes, metrics);
+        Ok(this)
     }
 
     /// A commit was seen. Where it cannot be passed on at once it becomes a missed span.

@@ -25,7 +25,7 @@ use crate::kernel::probes::LEGACY_COMMIT;
 use crate::kernel::{self, Probes, StartError};
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
-use crate::{api, clock, cluster, dataplane};
+use crate::{api, cluster, dataplane};
 
 use desk::{Desk, Inbox, Kernel, Shown};
 use legacy::LegacyCommits;
@@ -75,8 +75,8 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let (fact_sender, facts) = mpsc::channel(FACTS);
     let (update_sender, updates) = mpsc::channel(FACTS);
     let (legacy_sender, legacy_signals) = mpsc::channel(FACTS);
-    let seen = readiness.expect(format!("probe {}", LEGACY_COMMIT.name), "not needed yet");
-    let legacy = LegacyCommits::new(legacy_sender, seen, clock::now());
+    let seen = readiness.expect(format!("probe {}", LEGACY_COMMIT.name), "not looked for yet");
+    let legacy = LegacyCommits::start(legacy_sender, seen, &mut kernel.probes, &metrics)?;
     let (questions, asked) = mpsc::channel(QUESTIONS);
     let rule_settings = dataplane::Settings::default();
     let kernel_side = Kernel {

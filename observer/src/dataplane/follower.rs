@@ -199,10 +199,8 @@ impl Follower {
                         self.reread_legacy(&[Family::V4, Family::V6], from).await;
                         continue;
                     }
-                    let reading = self.legacy_table(family).await;
-                    let read_at = clock::now();
-                    sleep(LEGACY_SETTLE).await;
-                    ahead.extend(std::iter::from_fn(|| signals.try_recv().ok()));
+                    let (reading, read_at) =
+                        self.read_between_commits(family, &mut ahead, signals).await;
                     let (first, last) = commits_seen(&mut ahead, at, family, read_at);
                     match reading {
                         Some((reached, call)) => {
@@ -212,6 +210,31 @@ impl Follower {
                         None => self.legacy.unread_since = Some(first),
                     }
                 }
+            }
+        }
+    }
+
+    /// Reads a table such that no commit to it falls into the reading, for whether its outcome was
+    /// read could then not be told. Everything up to the returned moment was read. `ahead` takes
+    /// what is signalled meanwhile.
+    async fn read_between_commits(
+        &mut self,
+        family: Family,
+        ahead: &mut VecDeque<LegacySignal>,
+        signals: &mut Receiver<LegacySignal>,
+    ) -> (Option<((Origin, Reached), Duration)>, BootNs) {
+        loop {
+            let begun = clock::now();
+            let reading = self.legacy_table(family).await;
+            let ended = clock::now();
+            sleep(LEGACY_SETTLE).await;
+            ahead.extend(std::iter::from_fn(|| signals.try_recv().ok()));
+            let torn = ahead.iter().any(|signal| {
+                matches!(signal, LegacySignal::Commit { at, family: other }
+                    if *other == family && *at > begun && *at <= ended)
+            });
+            if !torn {
+                return (reading, begun);
             }
         }
     }

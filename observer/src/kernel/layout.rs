@@ -57,6 +57,7 @@ pub fn resolve(btf: &Btf, own_netns_inum: u32) -> Resolved {
         regs_nr: field("pt_regs", "orig_ax"),
         regs_arg1: field("pt_regs", "si"),
         regs_arg2: field("pt_regs", "dx"),
+        regs_arg3: field("pt_regs", "r10"),
         reason_netfilter_drop: Layout::ABSENT,
         reason_no_socket: Layout::ABSENT,
         own_netns_inum,

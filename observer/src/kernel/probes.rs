@@ -74,6 +74,7 @@ const SYSTEM_CALL: &[&str] = &[
     "pt_regs.orig_ax",
     "pt_regs.si",
     "pt_regs.dx",
+    "pt_regs.r10",
     "task_struct.nsproxy",
     "nsproxy.net_ns",
     "net.ns.inum",

@@ -65,7 +65,6 @@ fn nanos(from: BootNs, until: BootNs) -> i64 {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "the figures are for a person")]
 fn a_commit_lies_within_the_uncertainty_stated() {
     in_namespace(|| {
         nft("table ip t {
