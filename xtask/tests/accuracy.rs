@@ -4,6 +4,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -156,6 +157,22 @@ fn compare(
     Ok(errors)
 }
 
+/// The live endpoint in Prometheus' own eyes, with the figures of real terminations in it.
+fn promtool_accepts(metrics: &str) -> Result<()> {
+    let mut promtool = Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("promtool: run `cargo xtask setup`")?;
+    promtool.stdin.take().context("promtool's input")?.write_all(metrics.as_bytes())?;
+    let output = promtool.wait_with_output()?;
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success() && complaints.is_empty(), "promtool: {complaints}");
+    Ok(())
+}
+
 fn recommended_sleep(agent: &Agent) -> Result<u64> {
     let report = agent.report("json")?;
     let report: Value = serde_json::from_str(&report).context("observer report --output json")?;
@@ -174,6 +191,13 @@ fn measure(dataplane: Dataplane, family: Family) -> Result<()> {
     let errors = compare(&scene.lab.truth(), &attempts, &uids, &measured)?;
     let by_clients = refused(&attempts);
     let by_agent: u64 = measured.iter().filter_map(|measured| measured["refused"].as_u64()).sum();
+
+    let metrics = scene.agent.get("/metrics")?;
+    promtool_accepts(&metrics)?;
+    let refused_metric = "observer_pod_refused_connections_total{namespace=\"default\",\
+                          workload=\"web\",workload_kind=\"Deployment\"} ";
+    let by_metric = metrics.lines().find_map(|line| line.strip_prefix(refused_metric));
+    assert_eq!(by_metric, Some(&*by_clients.to_string()), "refused, clients and metric");
 
     let sleep_seconds = recommended_sleep(&scene.agent)?;
     for _ in 0..3 {
