@@ -15,6 +15,7 @@ use axum::body::{Body, Bytes};
 use axum::http::Uri;
 use axum::response::{IntoResponse as _, Response};
 use futures::StreamExt as _;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -48,6 +49,29 @@ fn kubeconfig(directory: &TempDir, server: &str) -> PathBuf {
     path
 }
 
+/// A cgroup v2 hierarchy of the test's own: not every machine has one at the default place.
+struct Cgroups(TempDir);
+
+impl Cgroups {
+    fn mount() -> Self {
+        let directory = TempDir::new().expect("a directory");
+        let none = None::<&str>;
+        mount(none, directory.path(), Some("cgroup2"), MsFlags::empty(), none).expect("mounted");
+        Self(directory)
+    }
+
+    fn flag(&self) -> String {
+        format!("--cgroup-root={}", text(self.0.path()))
+    }
+}
+
+impl Drop for Cgroups {
+    fn drop(&mut self) {
+        // The directory stays behind when this fails, and shows it.
+        let _unmounted = umount2(self.0.path(), MntFlags::MNT_DETACH);
+    }
+}
+
 fn text(path: &Path) -> &str {
     path.to_str().expect("a path in UTF-8")
 }
@@ -79,6 +103,33 @@ fn a_kubeconfig_that_is_none_is_named_in_one_line() {
     assert!(said.contains("cannot be used: check --kubeconfig"), "{said}");
 }
 
+/// The client would panic, in a task, when it is first used.
+#[test]
+fn a_kubeconfig_whose_server_is_no_url_is_named_in_one_line() {
+    let directory = TempDir::new().expect("a directory");
+    for server in ["nonsense", "node-1:6443", "ftp://node-1"] {
+        let kubeconfig = format!("--kubeconfig={}", text(&kubeconfig(&directory, server)));
+        let flags = ["run", "--node-name=n", "--listen=127.0.0.1:0", &kubeconfig];
+        let (code, said) = outcome(observer(&flags));
+        assert_eq!((code, said.lines().count()), (Some(1), 1), "{said}");
+        assert!(said.contains("not http://HOST or https://HOST"), "{said}");
+    }
+}
+
+#[test]
+fn a_cgroup_root_that_is_none_is_named_before_anything_is_attached() {
+    let directory = TempDir::new().expect("a directory");
+    let kubeconfig =
+        format!("--kubeconfig={}", text(&kubeconfig(&directory, "http://127.0.0.1:1")));
+    for root in ["/none/here", text(directory.path())] {
+        let cgroup_root = format!("--cgroup-root={root}");
+        let flags = ["run", "--node-name=n", "--listen=127.0.0.1:0", &kubeconfig, &cgroup_root];
+        let (code, said) = outcome(observer(&flags));
+        assert_eq!((code, said.lines().count()), (Some(1), 1), "{said}");
+        assert!(said.contains(root) && said.contains("check --cgroup-root"), "{said}");
+    }
+}
+
 #[test]
 fn outside_a_pod_a_kubeconfig_is_asked_for() {
     let (code, said) = outcome(observer(&["run", "--node-name=n", "--listen=127.0.0.1:0"]));
@@ -102,12 +153,14 @@ fn without_permission_it_says_which_capabilities_are_needed() {
     let binary = directory.path().join("observer");
     fs::copy(BINARY, &binary).expect("a copy that anyone may run");
     let kubeconfig = kubeconfig(&directory, "http://127.0.0.1:1");
+    let cgroups = Cgroups::mount();
     let mut command = Command::new(&binary);
     command.env_clear().args(["run", "--node-name=n", "--listen=127.0.0.1:0", "--log-level=error"]);
-    command.arg(format!("--kubeconfig={}", text(&kubeconfig))).uid(NOBODY).gid(NOBODY);
+    command.arg(cgroups.flag()).arg(format!("--kubeconfig={}", text(&kubeconfig)));
+    command.uid(NOBODY).gid(NOBODY);
     let (code, said) = outcome(command);
     assert_eq!((code, said.lines().count()), (Some(3), 1), "{said}");
-    assert!(said.contains("capabilities BPF, PERFMON and NET_ADMIN"), "{said}");
+    assert!(said.contains("capabilities BPF, PERFMON, NET_ADMIN and NET_RAW"), "{said}");
 }
 
 #[test]
@@ -172,7 +225,10 @@ async fn it_becomes_ready_serves_and_stops_at_sigterm() {
     let kubeconfig = format!("--kubeconfig={}", text(&kubeconfig(&directory, &server)));
     let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound");
     let listen = format!("--listen={port}");
-    let flags = ["run", "--node-name=node-1", "--log-format=json", &listen, &kubeconfig];
+    let cgroups = Cgroups::mount();
+    let cgroup_root = cgroups.flag();
+    let flags =
+        ["run", "--node-name=node-1", "--log-format=json", &listen, &kubeconfig, &cgroup_root];
     let child = observer(&flags).stderr(Stdio::piped()).spawn().expect("the binary starts");
     let mut daemon = Daemon(child);
     let log = BufReader::new(daemon.0.stderr.take().expect("piped"));

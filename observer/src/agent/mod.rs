@@ -9,11 +9,12 @@ mod legacy;
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow, bail};
 use nix::ifaddrs::getifaddrs;
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -60,7 +61,9 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let listener = api::bind(settings.listen).await?;
+    let address = listener.local_addr().context("cannot tell the port")?;
     let client = cluster::client(settings.kubeconfig.as_deref()).await?;
+    check_cgroup_root(&settings.cgroup_root)?;
     let metrics = Metrics::new()?;
     let readiness = Readiness::default();
     let watches = cluster::Health::expect(&readiness);
@@ -105,7 +108,7 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         Ok(())
     }));
     tasks.spawn(named("correlator", desk.run(Inbox { events, facts, updates, asked })));
-    info!(address = %settings.listen, "observing");
+    info!(%address, "observing");
 
     let outcome = tokio::select! {
         _ = terminate.recv() => Ok(()),
@@ -115,6 +118,16 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     info!("stopping: detaching the probes");
     tasks.shutdown().await;
     outcome
+}
+
+/// Elsewhere no process would be found in any pod, and nobody would learn why.
+fn check_cgroup_root(root: &Path) -> anyhow::Result<()> {
+    let advice = || format!("{}: check --cgroup-root", root.display());
+    let kind = statfs(root).with_context(advice)?.filesystem_type();
+    if kind != CGROUP2_SUPER_MAGIC {
+        return Err(anyhow!("not a cgroup v2 hierarchy").context(advice()));
+    }
+    Ok(())
 }
 
 /// A task's outcome with its name.

@@ -48,7 +48,6 @@ impl Health {
 pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<kube::Client> {
     let config = match kubeconfig {
         Some(path) => from_file(path).await.map_err(|error| {
-            let error = words(&error);
             anyhow!("kubeconfig {} cannot be used: check --kubeconfig: {error}", path.display())
         })?,
         None => kube::Config::incluster().map_err(|error| {
@@ -60,9 +59,18 @@ pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<kube::Client> {
         .map_err(|error| anyhow!("no client for the API server: {}", words(&error)))
 }
 
-async fn from_file(path: &Path) -> Result<kube::Config, KubeconfigError> {
-    let file = Kubeconfig::read_from(path)?;
-    kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await
+/// The error is in words, without the file's name.
+async fn from_file(path: &Path) -> Result<kube::Config, String> {
+    let options = KubeConfigOptions::default();
+    let unusable = |error: KubeconfigError| words(&error);
+    let file = Kubeconfig::read_from(path).map_err(unusable)?;
+    let config = kube::Config::from_custom_kubeconfig(file, &options).await.map_err(unusable)?;
+    // The client takes any URI, and panics at the first request to one without these.
+    let url = &config.cluster_url;
+    if !matches!(url.scheme_str(), Some("http" | "https")) || url.host().is_none() {
+        return Err(format!("its server is {url}, not http://HOST or https://HOST"));
+    }
+    Ok(config)
 }
 
 /// Watches the pods of `node` and all EndpointSlices until nobody receives `facts` any more.
