@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+use ureq::http::Uri;
 
 use crate::kernel::addresses::Range;
 use crate::recommend::DEFAULT_MARGIN_SECONDS;
@@ -14,6 +16,8 @@ use crate::report::Output;
 
 /// The largest margin that makes sense: far beyond any published gap.
 const MARGIN_LIMIT_SECONDS: f64 = 3600.0;
+
+const LEVELS: &str = "off, error, warn, info, debug or trace";
 
 const EXIT_CODES: &str = "Exit codes:
   0  done, or stopped by SIGTERM or SIGINT
@@ -81,7 +85,7 @@ pub struct RunArgs {
     #[arg(long, env = "OBSERVER_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
 
-    /// What is logged: error, warn, info, debug, trace, or directives such as info,observer=debug
+    /// What is logged: off, error, warn, info, debug, trace, or several such as info,observer=debug
     #[arg(
         long,
         env = "OBSERVER_LOG_LEVEL",
@@ -145,16 +149,26 @@ fn range(text: &str) -> Result<Range, String> {
     Ok(Range { address, prefix })
 }
 
+/// A filter takes any word for the name of a module, and then logs nothing else.
 fn log_level(text: &str) -> Result<String, String> {
+    let is_level =
+        |directive: &str| !directive.is_empty() && directive.parse::<LevelFilter>().is_ok();
+    let unknown = |directive: &&str| !directive.contains(['=', '[', ']']) && !is_level(directive);
+    if let Some(word) = text.split(',').find(unknown) {
+        return Err(format!("'{word}' is no level: write {LEVELS}, or TARGET=LEVEL"));
+    }
     EnvFilter::builder().parse(text).map_err(|error| error.to_string())?;
     Ok(text.to_owned())
 }
 
 fn url(text: &str) -> Result<String, String> {
-    match text.strip_prefix("http://") {
-        Some(host) if !host.is_empty() => Ok(text.to_owned()),
-        _ => Err("write http://HOST:9464; agents speak plain HTTP".to_owned()),
+    let usable = text.parse::<Uri>().is_ok_and(|url| {
+        url.scheme_str() == Some("http") && url.host().is_some_and(|host| !host.is_empty())
+    });
+    if !usable {
+        return Err("write http://HOST:9464; agents speak plain HTTP".to_owned());
     }
+    Ok(text.to_owned())
 }
 
 fn margin(text: &str) -> Result<f64, String> {
@@ -216,9 +230,20 @@ mod tests {
             ("--listen=9464", "invalid socket address"),
             ("--log-format=xml", "possible values: text, json"),
             ("--log-level=observer=loud", "invalid"),
+            ("--log-level=verbose", "'verbose' is no level: write off, error"),
+            ("--log-level=info,observer", "'observer' is no level"),
+            ("--log-level=", "'' is no level"),
         ] {
             let error = run_args(&[flag]).expect_err(flag);
             assert!(error.contains(words), "{flag}: {error}");
+        }
+    }
+
+    #[test]
+    fn levels_may_be_set_by_target_and_span() {
+        for level in ["warn", "OFF", "info,observer=debug", "info,[span{field=1}]=trace"] {
+            let args = run_args(&[&format!("--log-level={level}")]).expect(level);
+            assert_eq!(args.log_level, level);
         }
     }
 
@@ -242,8 +267,10 @@ mod tests {
         };
         let missing = report(&[]).expect_err("no agent");
         assert!(missing.contains("--url"), "{missing}");
-        let secure = report(&["--url=https://a"]).expect_err("no TLS");
-        assert!(secure.contains("plain HTTP"), "{secure}");
+        for url in ["https://a", "http://", "http://:9464", "http://a b", "a:9464", ""] {
+            let error = report(&[&format!("--url={url}")]).expect_err(url);
+            assert!(error.contains("write http://HOST:9464"), "{error}");
+        }
         for margin in ["-1", "NaN", "inf", "much"] {
             let flag = format!("--margin={margin}");
             let error = report(&["--url=http://a:1", &flag]).expect_err(margin);

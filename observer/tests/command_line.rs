@@ -172,6 +172,30 @@ fn a_report_without_any_agent_fails_and_names_each() {
     assert!(said.ends_with("error: no agent answered\n"), "{said}");
 }
 
+/// Every failed request to the API server logs a line, so it soon finds that nobody reads.
+#[test]
+fn a_log_that_nobody_reads_does_not_stop_it() {
+    let directory = TempDir::new().expect("a directory");
+    let kubeconfig =
+        format!("--kubeconfig={}", text(&kubeconfig(&directory, "http://127.0.0.1:1")));
+    let cgroups = Cgroups::mount();
+    let cgroup_root = cgroups.flag();
+    let flags = ["run", "--node-name=n", "--listen=127.0.0.1:0", &kubeconfig, &cgroup_root];
+    let child = observer(&flags).stderr(Stdio::piped()).spawn().expect("the binary starts");
+    let mut daemon = Daemon(child);
+    let mut log = BufReader::new(daemon.0.stderr.take().expect("piped"));
+    let mut said = String::new();
+    while !said.contains("pod watch: cannot list") {
+        said.clear();
+        assert_ne!(log.read_line(&mut said).expect("text"), 0, "it ended");
+        assert!(!said.contains("kube_client"), "the watch says it better: {said}");
+    }
+    drop(log);
+    let pid = i32::try_from(daemon.0.id()).expect("a pid");
+    kill(Pid::from_raw(pid), Signal::SIGTERM).expect("signalled");
+    assert_eq!(daemon.0.wait().expect("it ends").code(), Some(0));
+}
+
 /// Lists are empty; watches stay open and silent.
 async fn empty_cluster(uri: Uri) -> Response {
     if uri.query().is_some_and(|query| query.contains("watch=true")) {
