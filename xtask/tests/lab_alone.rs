@@ -1,21 +1,15 @@
-//! The lab without the agent: what it builds really serves, what it removes is really gone, and
-//! nothing of it stays on the machine.
+//! The lab without the agent: what it builds really serves, and what it removes is really gone.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
-use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::Value;
 use xtask::lab::api::Gone;
-use xtask::lab::clock::{boot_ns, seconds_between};
+use xtask::lab::clock::seconds_between;
 use xtask::lab::load::{Attempt, Outcome};
 use xtask::lab::network::{Family, Place};
 use xtask::lab::pod::AtSigterm;
@@ -334,73 +328,5 @@ fn watches_are_cut_expire_and_are_refused_on_demand() -> Result<()> {
     let mut status = String::new();
     resumed.read_line(&mut status)?;
     assert_eq!(status.trim(), "HTTP/1.1 200 OK");
-    Ok(())
-}
-
-/// Not a test of its own: the process that others end before it can clean up.
-#[test]
-#[ignore = "started by the tests that end it"]
-fn a_lab_that_runs_until_it_is_ended() -> Result<()> {
-    let (_lab, _pods) = with_pods(Dataplane::IptablesNft, 2)?;
-    writeln!(std::io::stdout(), "\nready")?;
-    std::thread::sleep(Duration::from_mins(2));
-    Ok(())
-}
-
-fn start_a_lab_elsewhere() -> Result<Child> {
-    let mut child = Command::new(std::env::current_exe()?)
-        .args(["--ignored", "--exact", "a_lab_that_runs_until_it_is_ended", "--nocapture"])
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let stdout = BufReader::new(child.stdout.take().context("its stdout")?);
-    let ready = stdout.lines().map_while(Result::ok).any(|line| line == "ready");
-    ensure!(ready, "it did not start");
-    Ok(child)
-}
-
-/// What is left of a lab: namespaces, its directory, its mount, processes in its cgroups.
-fn left_of(pid: u32) -> Result<Vec<String>> {
-    let directory = format!("/run/observer-lab/{pid}");
-    let mut left: Vec<String> = fs::read_dir("/run/netns")?
-        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
-        .filter(|name| name.starts_with(&format!("obs-{pid}-")))
-        .collect();
-    left.extend(Path::new(&directory).exists().then(|| directory.clone()));
-    let mounts = fs::read_to_string("/proc/self/mounts")?;
-    left.extend(mounts.lines().filter(|mount| mount.contains(&directory)).map(str::to_owned));
-    for process in fs::read_dir("/proc")?.filter_map(Result::ok) {
-        let cgroup = fs::read_to_string(process.path().join("cgroup")).unwrap_or_default();
-        // "(deleted)": it has ended, only its parent has not noticed.
-        let lives = cgroup.contains(&format!("/obs-{pid}/")) && !cgroup.contains("(deleted)");
-        left.extend(lives.then_some(cgroup));
-    }
-    Ok(left)
-}
-
-#[test]
-fn nothing_is_left_after_a_drop() -> Result<()> {
-    let (lab, _pods) = with_pods(Dataplane::Nftables, 2)?;
-    let name = lab.namespace_name(Place::Node).to_owned();
-    drop(lab);
-    // Another test of this process may have its own lab by now, with the same name: the process
-    // elsewhere shows that for sure.
-    let mut child = start_a_lab_elsewhere()?;
-    ensure!(!Path::new("/run/netns").join(&name).exists(), "{name} is left");
-    kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM)?;
-    assert_eq!(child.wait()?.code(), Some(128 + 15));
-    assert_eq!(left_of(child.id())?, Vec::<String>::new(), "after SIGTERM");
-    Ok(())
-}
-
-#[test]
-fn what_a_killed_lab_left_is_removed_by_the_next() -> Result<()> {
-    let mut child = start_a_lab_elsewhere()?;
-    kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGKILL)?;
-    assert_eq!(child.wait()?.signal(), Some(9));
-    let started_ns = boot_ns();
-    let lab = build(Dataplane::Nftables)?;
-    assert_eq!(left_of(child.id())?, Vec::<String>::new());
-    drop(lab);
-    assert!(seconds_between(started_ns, boot_ns()) < 30.0);
     Ok(())
 }

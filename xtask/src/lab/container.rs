@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 
 use super::clock;
 use super::cluster::Cluster;
+use super::leftovers::making;
 use super::netns::Namespace;
 use super::objects::{POD_PORT, Pod};
 use super::pod::AtSigterm;
@@ -66,7 +67,11 @@ impl Container {
         cluster: &Arc<Cluster>,
     ) -> Result<Arc<Self>> {
         let cgroup = cgroup_root.join(cgroup_path(pod));
-        fs::create_dir_all(&cgroup).with_context(|| format!("cannot make {}", cgroup.display()))?;
+        {
+            let _making = making();
+            fs::create_dir_all(&cgroup)
+                .with_context(|| format!("cannot make {}", cgroup.display()))?;
+        }
         let mut command = Command::new(program);
         command.args(["lab-pod", "--name", &pod.name, "--port", &POD_PORT.to_string()]);
         command.arg("--cgroup").arg(&cgroup);

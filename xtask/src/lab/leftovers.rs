@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Once;
+use std::sync::{Once, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -25,6 +25,21 @@ const RUN_DIRECTORY: &str = "/run/observer-lab";
 /// may need longer, a stuck one is reported.
 const REMOVAL_ATTEMPTS: u32 = 200;
 const REMOVAL_PAUSE: Duration = Duration::from_millis(10);
+
+/// Read by whoever makes what a removal must find, written by the removal: else what is made behind
+/// its back would stay. A signal's removal never gives it back, so the thread that still builds
+/// waits for the exit instead of tripping over what is gone and reporting that.
+static REMOVING: RwLock<()> = RwLock::new(());
+
+/// To be held while a namespace, process, mount or cgroup is made. Not twice by one thread: between
+/// the two a removal may begin to wait.
+pub(crate) fn making() -> RwLockReadGuard<'static, ()> {
+    REMOVING.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn removing() -> RwLockWriteGuard<'static, ()> {
+    REMOVING.write().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The directory of the running lab. Dropping it removes everything the lab made.
 #[derive(Debug)]
@@ -47,14 +62,17 @@ impl Claim {
         let serial = File::create(Path::new(RUN_DIRECTORY).join("serial.lock"))?;
         serial.lock().context("cannot wait for the other lab")?;
         sweep()?;
+        tear_down_on_signal();
+        let made = making();
         let directory = directory_of(std::process::id());
         fs::create_dir_all(&directory)?;
         let alive = File::create(directory.join("alive.lock"))?;
         alive.lock()?;
-        tear_down_on_signal();
         let claim = Self { directory, _alive: alive, _serial: serial };
-        claim.mount_cgroups()?;
-        Ok(claim)
+        let mounted = claim.mount_cgroups();
+        // Before the claim may be dropped, which removes what there is.
+        drop(made);
+        mounted.map(|()| claim)
     }
 
     /// Where files of this run may be put.
@@ -78,6 +96,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
+        let _removing = removing();
         if let Err(error) = tear_down(std::process::id()) {
             super::complain(&format!("lab: not everything was removed: {error:#}"));
         }
@@ -195,6 +214,7 @@ fn tear_down_on_signal() {
                 super::complain(&format!("lab: signals are not watched: {error:#}"));
                 1
             });
+            let _removing = removing();
             if let Err(error) = tear_down(std::process::id()) {
                 super::complain(&format!("lab: not everything was removed: {error:#}"));
             }

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, anyhow};
 use nix::sched::{CloneFlags, setns};
 
 use super::command;
+use super::leftovers::making;
 
 /// Where `ip netns` keeps its names.
 pub(crate) const DIRECTORY: &str = "/run/netns";
@@ -27,7 +28,10 @@ impl Namespace {
     /// Makes `obs-<pid>-<role>` with its loopback up and IPv6 addresses usable at once.
     pub(crate) fn create(role: &str) -> Result<Self> {
         let name = format!("{}{role}", prefix(std::process::id()));
-        command::run(None, Command::new("ip").args(["netns", "add", &name]), "")?;
+        {
+            let _making = making();
+            command::run(None, Command::new("ip").args(["netns", "add", &name]), "")?;
+        }
         let namespace = Self { name };
         // Duplicate address detection would keep an address unusable for its first second.
         namespace.set("net/ipv6/conf/all/accept_dad", "0")?;
@@ -84,6 +88,7 @@ impl Namespace {
 
     /// Starts a program inside.
     pub(crate) fn spawn(&self, command: &mut Command) -> Result<Child> {
+        let _making = making();
         self.enter(|| Ok(command.spawn()?))
     }
 }
