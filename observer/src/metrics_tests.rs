@@ -1,3 +1,5 @@
+use std::collections::BTreeSet;
+
 use crate::sample;
 
 use super::*;
@@ -124,19 +126,48 @@ fn a_missing_probe_is_exported_as_missing() {
 }
 
 #[test]
-fn the_rest_is_set_from_readings() {
+fn the_readme_lists_every_metric_and_no_other() {
     let metrics = metrics();
+    metrics.record_closed(&sample::timeline());
+    metrics.set_signal("refused", SignalCounts::default());
+    metrics.set_probe("refused", None);
+    metrics.set_connect_failures(0, 1);
+    let web = Workload { kind: "Deployment".into(), name: "web".into() };
+    metrics.set_refused("default", &web, 1);
+    set_the_rest(&metrics);
+    let text = metrics.render().expect("text");
+    let exported: BTreeSet<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split_whitespace().next())
+        .collect();
+    let readme = include_str!("../../README.md");
+    let listed: BTreeSet<&str> = readme
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once("` |"))
+        .map(|(name, _)| name)
+        .filter(|name| name.starts_with("observer_"))
+        .collect();
+    assert_eq!(exported, listed);
+}
+
+fn set_the_rest(metrics: &Metrics) {
     metrics.set_dataplane(&dataplane::Counters::default());
     let in_use = [dataplane::Dataplane::Nftables].into();
     metrics.set_dataplane_status(&dataplane::Status { in_use, backends: 300, unresolved: 1 });
     metrics.set_queued("kernel", 4);
-    metrics.set_watch_failures("pod watch", 2);
+    metrics.set_watch_failures("pods", 2);
+}
+
+#[test]
+fn the_rest_is_set_from_readings() {
+    let metrics = metrics();
+    set_the_rest(&metrics);
     assert_value(&metrics, "observer_dataplane_commits_total", "0");
     assert_value(&metrics, r#"observer_dataplane_troubles_total{kind="overrun"}"#, "0");
     assert_value(&metrics, r#"observer_dataplane_in_use{dataplane="nftables"}"#, "1");
     assert_value(&metrics, "observer_dataplane_unresolved_rules", "1");
     assert_value(&metrics, "observer_dataplane_backends", "300");
     assert_value(&metrics, r#"observer_facts_queued{source="kernel"}"#, "4");
-    assert_value(&metrics, r#"observer_watch_failures_total{watch="pod watch"}"#, "2");
+    assert_value(&metrics, r#"observer_watch_failures_total{watch="pods"}"#, "2");
     assert!(value(&metrics, "observer_clock_max_error_seconds").is_some());
 }

@@ -19,7 +19,8 @@ use clap::{Parser, Subcommand};
 #[command(
     name = "cargo xtask",
     version,
-    after_help = "Exit codes: 0 done, 1 failed, 2 cannot start here (what to install or change is said)."
+    after_help = "Exit codes: 0 done, 1 failed, 2 cannot start here (what to install or change is \
+                  said), 130 and 143 interrupted."
 )]
 struct Arguments {
     #[command(subcommand)]

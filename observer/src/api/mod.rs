@@ -28,7 +28,8 @@ use terminations::{API_VERSION, ClockState, Termination, Terminations};
 /// The content type of Prometheus' text format (`prometheus::TEXT_FORMAT`, spelled out).
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// How long the correlator may take to answer; it turns to its questions at least 5 times a second.
+/// How long the correlator may take to answer. It takes facts and questions as they come, so only a
+/// long queue or a starved node delays it; Prometheus gives up after 10 s by default.
 const ANSWER: Duration = Duration::from_secs(5);
 
 /// Every timeline that is kept, and whether it is closed.
