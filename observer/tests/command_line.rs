@@ -117,6 +117,17 @@ fn a_kubeconfig_whose_server_is_no_url_is_named_in_one_line() {
 }
 
 #[test]
+fn a_proxy_is_refused_and_what_sets_it_is_named() {
+    let directory = TempDir::new().expect("a directory");
+    let kubeconfig = format!("--kubeconfig={}", text(&kubeconfig(&directory, "https://node-1")));
+    let mut command = observer(&["run", "--node-name=n", "--listen=127.0.0.1:0", &kubeconfig]);
+    command.env("HTTPS_PROXY", "http://proxy:3128");
+    let (code, said) = outcome(command);
+    assert_eq!((code, said.lines().count()), (Some(1), 1), "{said}");
+    assert!(said.contains("http://proxy:3128/: unset HTTPS_PROXY"), "{said}");
+}
+
+#[test]
 fn a_cgroup_root_that_is_none_is_named_before_anything_is_attached() {
     let directory = TempDir::new().expect("a directory");
     let kubeconfig =

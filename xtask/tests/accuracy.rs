@@ -10,7 +10,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use xtask::lab::agent::Agent;
-use xtask::lab::clock::{boot_ns, nanos};
 use xtask::lab::load::{Attempt, Outcome};
 use xtask::lab::network::{Family, Place};
 use xtask::lab::rules::Dataplane;
@@ -23,8 +22,6 @@ const CONNECTS_PER_SECOND: u32 = 200;
 const CLIENT_THREADS: u32 = 4;
 /// The promise of the measurement.
 const P99_LIMIT_MS: f64 = 10.0;
-/// The agent keeps a termination open for a while after its end, to learn what comes late.
-const CLOSE_LIMIT: Duration = Duration::from_secs(40);
 /// A change of the rules and what follows from it has settled after this.
 const SETTLED: Duration = Duration::from_millis(100);
 
@@ -101,23 +98,6 @@ impl Scene {
         let done = work(self)?;
         Ok((done, load.stop()?))
     }
-
-    /// What the agent knows of these pods, once it has closed all of them.
-    fn closed(&self, uids: &[String]) -> Result<Vec<Value>> {
-        let until_ns = boot_ns() + nanos(CLOSE_LIMIT);
-        loop {
-            let known = self.agent.terminations()?;
-            let of = |uid: &String| known.iter().find(|known| known["pod"]["uid"] == uid.as_str());
-            let found: Vec<&Value> = uids.iter().filter_map(of).collect();
-            let closed = found.iter().filter(|found| found["state"] == "closed").count();
-            if closed == uids.len() {
-                return Ok(found.into_iter().cloned().collect());
-            }
-            let count = (uids.len(), found.len());
-            ensure!(boot_ns() < until_ns, "of {count:?} (made, known) {closed} are closed");
-            std::thread::sleep(SETTLED);
-        }
-    }
 }
 
 /// Half of the pods finish at once and are gone before the rules follow, half stay meanwhile.
@@ -173,21 +153,13 @@ fn promtool_accepts(metrics: &str) -> Result<()> {
     Ok(())
 }
 
-fn recommended_sleep(agent: &Agent) -> Result<u64> {
-    let report = agent.report("json")?;
-    let report: Value = serde_json::from_str(&report).context("observer report --output json")?;
-    report["workloads"][0]["recommendation"]["sleepSeconds"]
-        .as_u64()
-        .with_context(|| format!("no sleep is recommended: {report:#}"))
-}
-
 fn measure(dataplane: Dataplane, family: Family) -> Result<()> {
     let mut scene = Scene::build(dataplane, family)?;
     let (uids, attempts) = scene.under_load(|scene| {
         (0..TERMINATIONS).map(|number| scene.replace_oldest(&plan(number, None))).collect()
     })?;
     let uids: Vec<String> = uids;
-    let measured = scene.closed(&uids)?;
+    let measured = scene.agent.closed(&uids)?;
     let errors = compare(&scene.lab.truth(), &attempts, &uids, &measured)?;
     let by_clients = refused(&attempts);
     let by_agent: u64 = measured.iter().filter_map(|measured| measured["refused"].as_u64()).sum();
@@ -199,7 +171,7 @@ fn measure(dataplane: Dataplane, family: Family) -> Result<()> {
     let by_metric = metrics.lines().find_map(|line| line.strip_prefix(refused_metric));
     assert_eq!(by_metric, Some(&*by_clients.to_string()), "refused, clients and metric");
 
-    let sleep_seconds = recommended_sleep(&scene.agent)?;
+    let sleep_seconds = scene.agent.recommended_sleep()?;
     for _ in 0..3 {
         scene.replace_oldest(&plan(0, Some(sleep_seconds)))?;
     }

@@ -9,7 +9,7 @@ mod watch;
 
 use std::path::Path;
 
-use anyhow::anyhow;
+use anyhow::{anyhow, bail};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use tokio::sync::mpsc;
 
@@ -44,7 +44,7 @@ impl Health {
 /// connect yet: an API server that cannot be reached shows in the readiness of the watches.
 ///
 /// # Errors
-/// When the file cannot be read or used, or there is none and this is not a pod.
+/// When the file cannot be read or used, there is none and this is not a pod, or a proxy is set.
 pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<kube::Client> {
     let config = match kubeconfig {
         Some(path) => from_file(path).await.map_err(|error| {
@@ -55,6 +55,12 @@ pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<kube::Client> {
             anyhow!("not in a pod with a ServiceAccount: give --kubeconfig FILE: {error}")
         })?,
     };
+    if let Some(proxy) = &config.proxy_url {
+        bail!(
+            "the API server is reached without a proxy, not by {proxy}: unset HTTPS_PROXY and \
+             HTTP_PROXY, and take proxy-url out of the kubeconfig"
+        );
+    }
     kube::Client::try_from(config)
         .map_err(|error| anyhow!("no client for the API server: {}", words(&error)))
 }

@@ -11,11 +11,8 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use anyhow::{Context, Result, ensure};
 
-use crate::lab::agent::Agent;
-use crate::lab::clock::{boot_ns, nanos};
 use crate::lab::load::{Attempt, Outcome};
 use crate::lab::network::{Family, Place};
 use crate::lab::rules::Dataplane;
@@ -27,9 +24,6 @@ const SLICE_DELAY: Duration = Duration::from_millis(10);
 const PODS: usize = 3;
 const CONNECTS_PER_SECOND: u32 = 200;
 const CLIENT_THREADS: u32 = 4;
-/// The agent waits some seconds for late facts before it closes a termination.
-const CLOSE_LIMIT: Duration = Duration::from_secs(20);
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// Arguments of `cargo xtask demo`.
 #[derive(Clone, Debug, clap::Args)]
@@ -69,13 +63,13 @@ pub fn run(args: &Args) -> Result<()> {
     let late = RULES_DELAY.as_secs_f64();
     writeln!(out, "Rolling all pods; the rules follow {late} s late; no preStop sleep ...")?;
     let (uids, before) = deployment.roll_under_load(None)?;
-    let measured = closed(&agent, &uids)?;
+    let measured = agent.closed(&uids)?;
     let refused_before = refused(&before);
     let worst = measured.iter().max_by_key(|measured| measured["refused"].as_u64());
     writeln!(out, "\n{}", waterfall::render(worst.context("no termination was measured")?))?;
     writeln!(out, "{}", agent.report("table")?)?;
 
-    let sleep_seconds = recommended_sleep(&agent)?;
+    let sleep_seconds = agent.recommended_sleep()?;
     deployment.replace_quietly(Some(sleep_seconds))?;
     writeln!(out, "Rolling all pods again; preStop sleep {sleep_seconds} s, as recommended ...")?;
     let (_, after) = deployment.roll_under_load(Some(sleep_seconds))?;
@@ -135,36 +129,4 @@ fn plan(pre_stop_sleep_seconds: Option<u64>) -> PodPlan {
 
 fn refused(attempts: &[Attempt]) -> usize {
     attempts.iter().filter(|attempt| attempt.outcome == Outcome::Refused).count()
-}
-
-/// What the agent measured of these pods, once it has closed them all.
-fn closed(agent: &Agent, uids: &[String]) -> Result<Vec<Value>> {
-    let until_ns = boot_ns() + nanos(CLOSE_LIMIT);
-    loop {
-        let mut known = agent.terminations()?;
-        known.retain(|known| {
-            let ours = uids.iter().any(|uid| known["pod"]["uid"] == uid.as_str());
-            ours && known["state"] == "closed"
-        });
-        if known.len() == uids.len() {
-            return Ok(known);
-        }
-        if boot_ns() > until_ns {
-            bail!(
-                "the agent closed {} of {} terminations:\n{}",
-                known.len(),
-                uids.len(),
-                agent.log()
-            );
-        }
-        std::thread::sleep(LOOK_AGAIN);
-    }
-}
-
-fn recommended_sleep(agent: &Agent) -> Result<u64> {
-    let report = agent.report("json")?;
-    let report: Value = serde_json::from_str(&report).context("observer report --output json")?;
-    report["workloads"][0]["recommendation"]["sleepSeconds"]
-        .as_u64()
-        .with_context(|| format!("the report recommends no sleep: {report:#}"))
 }

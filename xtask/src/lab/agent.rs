@@ -21,8 +21,13 @@ const LISTEN: &str = "127.0.0.1:9464";
 /// Loading and attaching the programs takes about a second on a quiet machine.
 const READY_LIMIT: Duration = Duration::from_secs(30);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// The agent keeps a termination open for some seconds after its end, to learn what comes late.
+const CLOSE_LIMIT: Duration = Duration::from_secs(40);
 const REQUEST_LIMIT: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// Where the client's libraries look for a proxy: from inside the namespaces none can be reached.
+const PROXIES: [&str; 6] =
+    ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
 
 /// A running agent. Dropping it kills it.
 #[derive(Debug)]
@@ -45,7 +50,7 @@ impl Agent {
             bail!("{} does not exist: run `cargo xtask build` first", program.display());
         }
         let log = directory.join("agent.log");
-        let mut command = Command::new(program);
+        let mut command = without_proxy(program);
         command.args(["run", "--node-name", NODE_NAME, "--listen", LISTEN]);
         command.arg("--kubeconfig").arg(kubeconfig).arg("--cgroup-root").arg(cgroup_root);
         for cidr in CLUSTER_CIDRS {
@@ -60,12 +65,6 @@ impl Agent {
         let mut agent = Self { program: program.to_owned(), child, node: node.clone(), log };
         agent.wait_until_ready()?;
         Ok(agent)
-    }
-
-    /// The agent's process.
-    #[must_use]
-    pub fn pid(&self) -> u32 {
-        self.child.id()
     }
 
     /// `GET` of a path; the body of a 200.
@@ -92,12 +91,47 @@ impl Agent {
         }
     }
 
+    /// What it measured of these pods, in their order, once it has closed all of them.
+    ///
+    /// # Errors
+    /// When it does not within [`CLOSE_LIMIT`]: the error has its log.
+    pub fn closed(&self, uids: &[String]) -> Result<Vec<Value>> {
+        let until_ns = clock::boot_ns() + clock::nanos(CLOSE_LIMIT);
+        loop {
+            let mut known = self.terminations()?;
+            known.retain(|known| known["state"] == "closed");
+            let of = |uid: &String| known.iter().find(|known| known["pod"]["uid"] == uid.as_str());
+            let closed: Vec<Value> = uids.iter().filter_map(of).cloned().collect();
+            if closed.len() == uids.len() {
+                return Ok(closed);
+            }
+            if clock::boot_ns() > until_ns {
+                let (closed, all) = (closed.len(), uids.len());
+                bail!("the agent closed {closed} of {all} terminations:\n{}", self.log());
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    /// The preStop sleep that its report recommends, for the first workload.
+    ///
+    /// # Errors
+    /// When it recommends none.
+    pub fn recommended_sleep(&self) -> Result<u64> {
+        let report = self.report("json")?;
+        let report: Value =
+            serde_json::from_str(&report).context("observer report --output json")?;
+        report["workloads"][0]["recommendation"]["sleepSeconds"]
+            .as_u64()
+            .with_context(|| format!("the report recommends no sleep: {report:#}"))
+    }
+
     /// Runs `observer report` against this agent; returns what it printed.
     ///
     /// # Errors
     /// When it fails: the error has what it printed on stderr.
     pub fn report(&self, output: &str) -> Result<String> {
-        let mut command = Command::new(&self.program);
+        let mut command = without_proxy(&self.program);
         command.args(["report", "--url", &format!("http://{LISTEN}"), "--output", output]);
         Ok(super::command::run(Some(&self.node), &mut command, "")?.stdout)
     }
@@ -158,6 +192,14 @@ impl Drop for Agent {
     }
 }
 
+fn without_proxy(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    for variable in PROXIES {
+        command.env_remove(variable);
+    }
+    command
+}
+
 /// Status and body of a `GET` from inside a namespace.
 pub(crate) fn http_get(namespace: &Namespace, url: &str) -> Result<(u16, String)> {
     namespace.enter(|| {
@@ -172,4 +214,16 @@ pub(crate) fn http_get(namespace: &Namespace, url: &str) -> Result<(u16, String)
         response.body_mut().as_reader().read_to_string(&mut body)?;
         Ok((response.status().as_u16(), body))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proxy_of_this_machine_is_none_of_the_agents() {
+        let command = without_proxy(Path::new("observer"));
+        let removed = command.get_envs().filter(|(_, value)| value.is_none());
+        assert_eq!(removed.count(), PROXIES.len());
+    }
 }

@@ -39,7 +39,7 @@ pub mod truth;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -279,14 +279,6 @@ impl Lab {
         self.network.place(from).enter(|| Ok(TcpStream::connect(target)?))
     }
 
-    /// Listens in a place: for tests that take a port away.
-    ///
-    /// # Errors
-    /// When the port is taken.
-    pub fn listen(&self, at: Place, address: SocketAddr) -> Result<TcpListener> {
-        self.network.place(at).enter(|| Ok(TcpListener::bind(address)?))
-    }
-
     /// Status and body of a `GET` from the node.
     ///
     /// # Errors
@@ -299,18 +291,6 @@ impl Lab {
     #[must_use]
     pub fn namespace_name(&self, place: Place) -> &str {
         self.network.place(place).name()
-    }
-
-    /// The cgroup directory that holds the pods (`--cgroup-root`).
-    #[must_use]
-    pub fn cgroup_root(&self) -> PathBuf {
-        self.claim.cgroup_root()
-    }
-
-    /// A kubeconfig that leads to the lab's API, usable on the node.
-    #[must_use]
-    pub fn kubeconfig(&self) -> &Path {
-        &self.kubeconfig
     }
 
     /// Starts the agent on the node and waits until it is ready.
