@@ -15,7 +15,10 @@ use crate::facts::{BootNs, ClusterFact, Deletion, PodObserved, PodUid, Workload}
 use super::watch::Watched;
 
 /// `spec.terminationGracePeriodSeconds` when omitted (`core/v1`).
-const DEFAULT_GRACE_SECONDS: u64 = 30;
+const DEFAULT_GRACE_SECONDS: i64 = 30;
+
+/// What a deletion makes of a negative one (`core/v1`).
+const NEGATIVE_GRACE_SECONDS: u64 = 1;
 
 /// `core/v1` Pod.
 #[derive(Clone, Debug, Deserialize)]
@@ -60,7 +63,9 @@ struct Owner {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Spec {
-    termination_grace_period_seconds: Option<u64>,
+    /// Signed: before Kubernetes 1.27 a negative one is shown as stored, and an object that does not
+    /// parse stops the whole watch.
+    termination_grace_period_seconds: Option<i64>,
     #[serde(default)]
     host_network: bool,
     containers: Option<Vec<Container>>,
@@ -144,7 +149,7 @@ fn observed(pod: &Pod, at: BootNs, offset: WallOffset) -> PodObserved {
         addresses: addresses(spec, status),
         deletion: deletion(metadata, offset),
         pre_stop_sleep: pre_stop_sleep(spec),
-        grace_period: Duration::from_secs(grace),
+        grace_period: Duration::from_secs(u64::try_from(grace).unwrap_or(NEGATIVE_GRACE_SECONDS)),
         ready: status
             .conditions
             .iter()

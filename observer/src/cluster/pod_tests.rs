@@ -128,6 +128,13 @@ fn the_longest_sleep_counts_and_sidecars_have_one_too() {
 }
 
 #[test]
+fn a_negative_grace_period_is_one_second_and_stops_no_watch() {
+    let mut object = pod();
+    object["spec"]["terminationGracePeriodSeconds"] = json!(-5);
+    assert_eq!(see(object).grace_period, Duration::from_secs(1));
+}
+
+#[test]
 fn a_host_network_pod_has_no_address_of_its_own() {
     let mut object = pod();
     object["spec"]["hostNetwork"] = json!(true);
