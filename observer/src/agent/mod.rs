@@ -15,9 +15,10 @@ use std::sync::Arc;
 use anyhow::{Context as _, anyhow, bail};
 use nix::ifaddrs::getifaddrs;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tracing::{info, warn};
 
 use crate::facts::Origin;
@@ -53,6 +54,11 @@ pub struct Settings {
     pub cluster: Vec<Range>,
 }
 
+/// A task's name and outcome.
+type Ended = (&'static str, anyhow::Result<()>);
+
+type Tasks = JoinSet<Ended>;
+
 /// Observes until SIGTERM or SIGINT (`Ok`) or until a part fails.
 ///
 /// # Errors
@@ -64,6 +70,21 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let address = listener.local_addr().context("cannot tell the port")?;
     let client = cluster::client(settings.kubeconfig.as_deref()).await?;
     check_cgroup_root(&settings.cgroup_root)?;
+    let mut tasks = start(settings, listener, client)?;
+    info!(%address, "observing");
+
+    let outcome = tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+        ended = tasks.join_next() => Err(describe_end(ended)),
+    };
+    info!("stopping: detaching the probes");
+    tasks.shutdown().await;
+    outcome
+}
+
+/// Attaches the probes and wires every part to the correlator. All of it ends with the tasks.
+fn start(settings: Settings, listener: TcpListener, client: kube::Client) -> anyhow::Result<Tasks> {
     let metrics = Metrics::new()?;
     let readiness = Readiness::default();
     let watches = cluster::Health::expect(&readiness);
@@ -108,16 +129,7 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         Ok(())
     }));
     tasks.spawn(named("correlator", desk.run(Inbox { events, facts, updates, asked })));
-    info!(%address, "observing");
-
-    let outcome = tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
-        ended = tasks.join_next() => Err(describe_end(ended)),
-    };
-    info!("stopping: detaching the probes");
-    tasks.shutdown().await;
-    outcome
+    Ok(tasks)
 }
 
 /// Elsewhere no process would be found in any pod, and nobody would learn why.
@@ -131,16 +143,11 @@ fn check_cgroup_root(root: &Path) -> anyhow::Result<()> {
 }
 
 /// A task's outcome with its name.
-async fn named(
-    name: &'static str,
-    task: impl Future<Output = anyhow::Result<()>>,
-) -> (&'static str, anyhow::Result<()>) {
+async fn named(name: &'static str, task: impl Future<Output = anyhow::Result<()>>) -> Ended {
     (name, task.await)
 }
 
-fn describe_end(
-    ended: Option<Result<(&'static str, anyhow::Result<()>), tokio::task::JoinError>>,
-) -> anyhow::Error {
+fn describe_end(ended: Option<Result<Ended, JoinError>>) -> anyhow::Error {
     match ended {
         Some(Ok((_, Err(error)))) if kernel::is_permission_error(&error) => {
             StartError::NoPermission(error).into()
