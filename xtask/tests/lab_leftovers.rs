@@ -15,6 +15,11 @@ use xtask::lab::network::{Family, Place};
 use xtask::lab::rules::Dataplane;
 use xtask::lab::{Lab, Options, PodPlan, RunningPod};
 
+/// Tells the lab elsewhere to start an agent too: that takes a second and the observer's program.
+const WITH_AGENT: &str = "LAB_WITH_AGENT";
+/// How long a process that was told to end may take.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
 /// Another lab may have to end first.
 const TURN_LIMIT: Duration = Duration::from_mins(5);
 
@@ -35,21 +40,28 @@ fn with_pods() -> Result<(Lab, Vec<RunningPod>)> {
 #[test]
 #[ignore = "started by the tests that end it"]
 fn a_lab_that_runs_until_it_is_ended() -> Result<()> {
-    let (_lab, _pods) = with_pods()?;
+    let (lab, _pods) = with_pods()?;
+    let observer = Path::new(env!("CARGO_BIN_EXE_xtask")).with_file_name("observer");
+    let _agent = std::env::var_os(WITH_AGENT).map(|_| lab.start_agent(&observer)).transpose()?;
     writeln!(std::io::stdout(), "\nready")?;
     std::thread::sleep(Duration::from_mins(2));
     Ok(())
 }
 
-fn spawn_a_lab_elsewhere() -> Result<Child> {
+fn a_lab_elsewhere() -> Result<Command> {
     let mut test = Command::new(std::env::current_exe()?);
     test.args(["--ignored", "--exact", "a_lab_that_runs_until_it_is_ended", "--nocapture"]);
-    Ok(test.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+    test.stdout(Stdio::piped()).stderr(Stdio::piped());
+    Ok(test)
 }
 
-/// One that is up.
+/// Starts one and waits until it is up.
 fn start_a_lab_elsewhere() -> Result<Child> {
-    let mut child = spawn_a_lab_elsewhere()?;
+    start(&mut a_lab_elsewhere()?)
+}
+
+fn start(lab: &mut Command) -> Result<Child> {
+    let mut child = lab.spawn()?;
     let stdout = BufReader::new(child.stdout.take().context("its stdout")?);
     let ready = stdout.lines().map_while(Result::ok).any(|line| line == "ready");
     ensure!(ready, "it did not start");
@@ -107,11 +119,36 @@ fn what_a_killed_lab_left_is_removed_by_the_next() -> Result<()> {
     Ok(())
 }
 
+/// Whether an agent lives whose cgroups are those of this lab.
+fn agent_of(pid: u32) -> Result<bool> {
+    let root = format!("/run/observer-lab/{pid}/cgroup");
+    let mut command_lines = fs::read_dir("/proc")?
+        .filter_map(|entry| fs::read_to_string(entry.ok()?.path().join("cmdline")).ok());
+    Ok(command_lines.any(|line| line.contains(&root) && line.contains("--listen")))
+}
+
+/// Its programs run at every kernel event of the machine: they must not wait for another lab.
+#[test]
+fn the_agent_of_a_killed_lab_ends_with_it() -> Result<()> {
+    let mut child = start(a_lab_elsewhere()?.env(WITH_AGENT, "1"))?;
+    ensure!(agent_of(child.id())?, "it runs");
+    signal(&child, Signal::SIGKILL)?;
+    child.wait()?;
+    let until_ns = boot_ns() + nanos(END_LIMIT);
+    while agent_of(child.id())? {
+        ensure!(boot_ns() < until_ns, "the agent does not end");
+        sleep_until(boot_ns() + 10_000_000);
+    }
+    drop(with_pods()?);
+    assert_eq!(left_of(child.id())?, Vec::<String>::new());
+    Ok(())
+}
+
 /// The thread that builds must neither add to what is being removed nor report that it is gone.
 #[test]
 fn a_lab_interrupted_while_it_is_built_leaves_nothing_and_exits_as_told() -> Result<()> {
     for after_ms in [0, 10, 30, 60, 100, 150, 200, 300] {
-        let mut child = spawn_a_lab_elsewhere()?;
+        let mut child = a_lab_elsewhere()?.spawn()?;
         let directory = format!("/run/observer-lab/{}/alive.lock", child.id());
         let until_ns = boot_ns() + nanos(TURN_LIMIT);
         while !Path::new(&directory).exists() {

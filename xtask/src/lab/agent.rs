@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -14,6 +15,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::clock;
+use super::leftovers::making;
 use super::netns::Namespace;
 use super::network::{CLUSTER_CIDRS, NODE_NAME};
 
@@ -36,6 +38,8 @@ pub struct Agent {
     child: Child,
     node: Namespace,
     log: PathBuf,
+    /// Dropped last: the thread that started the agent ends.
+    _alive: SyncSender<()>,
 }
 
 impl Agent {
@@ -50,7 +54,9 @@ impl Agent {
             bail!("{} does not exist: run `cargo xtask build` first", program.display());
         }
         let log = directory.join("agent.log");
-        let mut command = without_proxy(program);
+        let mut command = without_proxy(Path::new("setpriv"));
+        // Also when this process is killed, the agent detaches its programs and ends.
+        command.args(["--pdeathsig", "TERM", "--"]).arg(program);
         command.args(["run", "--node-name", NODE_NAME, "--listen", LISTEN]);
         command.arg("--kubeconfig").arg(kubeconfig).arg("--cgroup-root").arg(cgroup_root);
         for cidr in CLUSTER_CIDRS {
@@ -59,10 +65,10 @@ impl Agent {
         let output = File::create(&log)?;
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
-        let child = node
-            .spawn(&mut command)
+        let (child, alive) = spawn_bound(node, command)
             .with_context(|| format!("cannot start {}", program.display()))?;
-        let mut agent = Self { program: program.to_owned(), child, node: node.clone(), log };
+        let mut agent =
+            Self { program: program.to_owned(), child, node: node.clone(), log, _alive: alive };
         agent.wait_until_ready()?;
         Ok(agent)
     }
@@ -190,6 +196,22 @@ impl Drop for Agent {
         self.child.kill().ok();
         self.child.wait().ok();
     }
+}
+
+/// Starts a program on a thread that lives until the sender is dropped or this process ends: that
+/// thread's death is what `setpriv --pdeathsig` means.
+fn spawn_bound(node: &Namespace, mut command: Command) -> Result<(Child, SyncSender<()>)> {
+    let (started, child) = sync_channel(1);
+    let (alive, ended) = sync_channel::<()>(0);
+    let _making = making();
+    node.thread(move || {
+        // Nobody listens any more: then there is nothing to stay for either.
+        if started.send(command.spawn()).is_ok() {
+            ended.recv().ok();
+        }
+    });
+    let child = child.recv().context("the thread that starts it cannot enter the namespace")??;
+    Ok((child, alive))
 }
 
 fn without_proxy(program: &Path) -> Command {
