@@ -112,6 +112,13 @@ pub(super) static TOOLS: &[Tool] = &[
         tasks: RUNNING,
     },
     Tool {
+        name: "setpriv",
+        proof: Proof::Programs(&["setpriv"]),
+        source: Source::Packages(&["util-linux"]),
+        elsewhere: "setpriv of util-linux 2.33 or newer",
+        tasks: RUNNING,
+    },
+    Tool {
         name: "promtool",
         proof: Proof::Programs(&["promtool"]),
         source: Source::OneProgram { package: "prometheus", program: "usr/bin/promtool" },
