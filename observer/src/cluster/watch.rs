@@ -267,10 +267,13 @@ impl<K: Watched> Watch<K> {
 /// The API server's own words where it has any: they say what a person must change.
 fn explain(what: &str, error: kube::Error) -> anyhow::Error {
     match error {
-        kube::Error::Api(status) if status.code == 401 || status.code == 403 => anyhow!(
-            "{what}: {} (HTTP {}): check the ServiceAccount's ClusterRole",
-            status.message,
-            status.code
+        kube::Error::Api(status) if status.code == 401 => anyhow!(
+            "{what}: {} (HTTP 401): check the credentials, of the kubeconfig or the ServiceAccount",
+            status.message
+        ),
+        kube::Error::Api(status) if status.code == 403 => anyhow!(
+            "{what}: {} (HTTP 403): check the ClusterRole bound to this account",
+            status.message
         ),
         kube::Error::Api(status) => anyhow!("{what}: {} (HTTP {})", status.message, status.code),
         error => anyhow!("{what}: {}", words(&error)),

@@ -246,6 +246,17 @@ async fn a_full_channel_makes_the_watch_wait_and_drops_nothing() {
 }
 
 #[test]
+fn a_refusal_says_whether_credentials_or_permission_is_missing() {
+    let refused = |code: u16| {
+        let status = json!({"status": "Failure", "message": "no", "reason": "", "code": code});
+        let status = serde_json::from_value(status).expect("a Status");
+        explain("cannot list", kube::Error::Api(status)).to_string()
+    };
+    assert!(refused(401).contains("check the credentials"), "{}", refused(401));
+    assert!(refused(403).contains("check the ClusterRole"), "{}", refused(403));
+}
+
+#[test]
 fn a_cause_that_is_already_told_is_not_told_twice() {
     let io = || std::io::Error::other("connection refused");
     let told = kube::Error::ReadEvents(io());
