@@ -37,6 +37,7 @@ pub struct Metrics {
     refused: IntCounterVec,
     terminations: IntCounterVec,
     gap: Histogram,
+    endpoint_removal: Histogram,
     head_start: HistogramVec,
     arrival_tail: HistogramVec,
     shortfall: HistogramVec,
@@ -49,6 +50,7 @@ pub struct Metrics {
     dataplane_in_use: IntGaugeVec,
     facts_queued: IntGaugeVec,
     watch_failures: IntCounterVec,
+    unreadable_objects: IntCounter,
 }
 
 impl Metrics {
@@ -98,7 +100,14 @@ impl Metrics {
                 "Terminations of this node's pods that are over, and whether they were censored.",
                 &workload_and_censored,
             )?,
-            gap: made.gap()?,
+            gap: made.removal(
+                "propagation_gap_seconds",
+                "How long this node's rules kept a pod as backend after its deletion request.",
+            )?,
+            endpoint_removal: made.removal(
+                "endpoint_removal_seconds",
+                "How long this node's rules kept any pod as backend after its EndpointSlice changed.",
+            )?,
             head_start: made.per_workload(
                 "head_start_seconds",
                 "How long pods kept accepting connections after their deletion request.",
@@ -151,6 +160,10 @@ impl Metrics {
                 "Times a watch of the API server failed and was restarted.",
                 &["watch"],
             )?,
+            unreadable_objects: made.add(IntCounter::with_opts(opts(
+                "unreadable_objects_total",
+                "Pods and EndpointSlices that were passed over because they are not as expected.",
+            ))?)?,
             registry,
         })
     }
@@ -196,6 +209,9 @@ impl Metrics {
         let sample = timeline.censored.is_empty();
         if let Some(gap) = timeline.gap_seconds().filter(|_| sample) {
             self.gap.observe(gap);
+        }
+        if let Some(removal) = timeline.endpoint_removal_seconds().filter(|_| sample) {
+            self.endpoint_removal.observe(removal);
         }
         let Some(workload) = timeline.workload.as_ref().filter(|_| timeline.home) else { return };
         let labels = workload_labels(&timeline.namespace, workload);
@@ -248,6 +264,11 @@ impl Metrics {
     /// How often a watch has failed.
     pub fn set_watch_failures(&self, watch: &str, failures: u64) {
         follow(&self.watch_failures.with_label_values(&[watch]), failures);
+    }
+
+    /// How many objects of the API server were passed over.
+    pub fn set_unreadable_objects(&self, count: u64) {
+        follow(&self.unreadable_objects, count);
     }
 
     /// Everything, in Prometheus' text format.
@@ -311,7 +332,7 @@ impl Made<'_> {
     }
 
     /// The bounds of `kubeproxy_network_programming_duration_seconds`, so that the two compare.
-    fn gap(&self) -> prometheus::Result<Histogram> {
+    fn removal(&self, name: &str, help: &str) -> prometheus::Result<Histogram> {
         let steps = |from: u32, to: u32, by: usize| (from..=to).step_by(by).map(f64::from);
         let buckets = [0.25, 0.5]
             .into_iter()
@@ -319,8 +340,7 @@ impl Made<'_> {
             .chain(steps(60, 115, 5))
             .chain(steps(120, 300, 30))
             .collect();
-        let help = "How long this node's rules kept a pod as backend after its deletion request.";
-        let opts = HistogramOpts::from(opts("propagation_gap_seconds", help)).buckets(buckets);
+        let opts = HistogramOpts::from(opts(name, help)).buckets(buckets);
         self.add(Histogram::with_opts(opts)?)
     }
 }

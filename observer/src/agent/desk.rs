@@ -216,6 +216,7 @@ impl Desk {
         metrics.set_queued("kernel", inbox.events.len());
         metrics.set_queued("cluster", inbox.facts.len());
         metrics.set_queued("dataplane", inbox.updates.len());
+        metrics.set_unreadable_objects(self.shown.watches.unreadable.load(Ordering::Relaxed));
         metrics.set_watch_failures("pods", self.shown.watches.pods.failures());
         metrics.set_watch_failures("endpointslices", self.shown.watches.slices.failures());
     }

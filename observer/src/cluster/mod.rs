@@ -8,6 +8,8 @@ mod slice;
 mod watch;
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use anyhow::{anyhow, bail};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
@@ -27,6 +29,8 @@ pub struct Health {
     pub pods: Item,
     /// `endpointslice watch`
     pub slices: Item,
+    /// Objects of both that did not parse and were passed over.
+    pub unreadable: Arc<AtomicU64>,
 }
 
 impl Health {
@@ -36,6 +40,7 @@ impl Health {
         Self {
             pods: readiness.expect(Pod::NAME, "not synced yet"),
             slices: readiness.expect(EndpointSlice::NAME, "not synced yet"),
+            unreadable: Arc::default(),
         }
     }
 }
@@ -88,7 +93,8 @@ pub async fn run(
     health: Health,
 ) {
     let on_node = Some(format!("spec.nodeName={node}"));
-    let pods = Watch::<Pod>::new(client.clone(), on_node, facts.clone(), health.pods);
-    let slices = Watch::<EndpointSlice>::new(client, None, facts, health.slices);
+    let Health { pods, slices, unreadable } = health;
+    let pods = Watch::<Pod>::new(client.clone(), on_node, facts.clone(), pods, unreadable.clone());
+    let slices = Watch::<EndpointSlice>::new(client, None, facts, slices, unreadable);
     tokio::join!(pods.run(), slices.run());
 }

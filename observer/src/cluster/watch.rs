@@ -11,6 +11,8 @@ use std::collections::BTreeSet;
 use std::error::Error;
 use std::fmt::Debug;
 use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -18,6 +20,7 @@ use futures::TryStreamExt as _;
 use kube::api::{ListParams, WatchEvent, WatchParams};
 use kube::core::{ObjectList, Request};
 use kube::runtime::watcher::DefaultBackoff;
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
@@ -76,12 +79,39 @@ pub(super) trait Watched: Clone + Debug + DeserializeOwned + Send + 'static {
     fn removed(key: Self::Key, at: BootNs) -> ClusterFact;
 }
 
+/// An object as it came. Any object has metadata; the rest may be of a form that this daemon does
+/// not know.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum Received<K> {
+    Readable(K),
+    Unreadable { metadata: AnyMetadata },
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct AnyMetadata {
+    namespace: Option<String>,
+    name: String,
+    resource_version: String,
+}
+
+impl<K: Watched> Received<K> {
+    fn resource_version(&self) -> &str {
+        match self {
+            Self::Readable(object) => object.resource_version(),
+            Self::Unreadable { metadata } => &metadata.resource_version,
+        }
+    }
+}
+
 /// Watches one collection and reports into `facts`.
 pub(super) struct Watch<K: Watched> {
     client: kube::Client,
     selector: Option<String>,
     facts: mpsc::Sender<ClusterFact>,
     readiness: Item,
+    unreadable: Arc<AtomicU64>,
     /// Where to resume; `None` when a list is needed.
     version: Option<String>,
     /// The objects that exist as far as this watch knows.
@@ -98,12 +128,14 @@ impl<K: Watched> Watch<K> {
         selector: Option<String>,
         facts: mpsc::Sender<ClusterFact>,
         readiness: Item,
+        unreadable: Arc<AtomicU64>,
     ) -> Self {
         Self {
             client,
             selector,
             facts,
             readiness,
+            unreadable,
             version: None,
             known: BTreeSet::new(),
             good: None,
@@ -138,12 +170,13 @@ impl<K: Watched> Watch<K> {
         };
         loop {
             let request = Request::new(K::PATH).list(&params).context("list request")?;
-            let page: ObjectList<K> = timeout(ANSWER, self.client.request(request))
+            let page: ObjectList<Received<K>> = timeout(ANSWER, self.client.request(request))
                 .await
                 .map_err(|_elapsed| anyhow!("no answer to the list within {ANSWER:?}"))?
                 .map_err(|error| explain("cannot list", error))?;
             let (at, offset) = (clock::now(), WallOffset::measure());
-            for object in &page.items {
+            for object in page.items {
+                let Some(object) = self.readable(object) else { continue };
                 listed.insert(object.key());
                 self.send(object.observed(at, offset)).await;
             }
@@ -178,7 +211,7 @@ impl<K: Watched> Watch<K> {
             ..WatchParams::default()
         };
         let request = Request::new(K::PATH).watch(&params, version).context("watch request")?;
-        let events = timeout(ANSWER, self.client.request_events::<K>(request))
+        let events = timeout(ANSWER, self.client.request_events::<Received<K>>(request))
             .await
             .map_err(|_elapsed| anyhow!("no answer to the watch within {ANSWER:?}"))?
             .map_err(|error| self.failed("cannot watch", error))?;
@@ -213,20 +246,22 @@ impl<K: Watched> Watch<K> {
         debug!("{} open", K::NAME);
     }
 
-    async fn take(&mut self, event: WatchEvent<K>, at: BootNs) -> anyhow::Result<()> {
+    async fn take(&mut self, event: WatchEvent<Received<K>>, at: BootNs) -> anyhow::Result<()> {
         match event {
             WatchEvent::Added(object) | WatchEvent::Modified(object) => {
-                self.known.insert(object.key());
-                self.version = Some(object.resource_version().to_owned());
-                self.send(object.observed(at, WallOffset::measure())).await;
+                if let Some(object) = self.next_version(object) {
+                    self.known.insert(object.key());
+                    self.send(object.observed(at, WallOffset::measure())).await;
+                }
             }
             WatchEvent::Deleted(object) => {
-                self.known.remove(&object.key());
-                self.version = Some(object.resource_version().to_owned());
-                // A forced delete sets the deletion and removes the object in one step: only this
-                // last state tells it from an ordinary end.
-                self.send(object.observed(at, WallOffset::measure())).await;
-                self.send(K::removed(object.key(), at)).await;
+                if let Some(object) = self.next_version(object) {
+                    self.known.remove(&object.key());
+                    // A forced delete sets the deletion and removes the object in one step: only
+                    // this last state tells it from an ordinary end.
+                    self.send(object.observed(at, WallOffset::measure())).await;
+                    self.send(K::removed(object.key(), at)).await;
+                }
             }
             WatchEvent::Bookmark(bookmark) => {
                 self.version = Some(bookmark.metadata.resource_version);
@@ -237,6 +272,29 @@ impl<K: Watched> Watch<K> {
         }
         self.good = Some(at);
         Ok(())
+    }
+
+    /// Moves on to the object's version, whether or not the rest of it can be read.
+    fn next_version(&mut self, object: Received<K>) -> Option<K> {
+        self.version = Some(object.resource_version().to_owned());
+        self.readable(object)
+    }
+
+    /// One object that is not as expected must not stop the others.
+    fn readable(&self, object: Received<K>) -> Option<K> {
+        match object {
+            Received::Readable(object) => Some(object),
+            Received::Unreadable { metadata } => {
+                let before = self.unreadable.fetch_add(1, Ordering::Relaxed);
+                let (namespace, name) = (metadata.namespace, metadata.name);
+                if before == 0 {
+                    warn!(namespace, name, "{}: an object is not as expected", K::NAME);
+                } else {
+                    debug!(namespace, name, "{}: an object is not as expected", K::NAME);
+                }
+                None
+            }
+        }
     }
 
     /// Words for a failure, and a list the next time when the server no longer has our version.

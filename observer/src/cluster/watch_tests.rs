@@ -63,6 +63,7 @@ struct Bench {
     facts: Receiver<ClusterFact>,
     item: Item,
     readiness: Readiness,
+    unreadable: Arc<AtomicU64>,
 }
 
 async fn watch(answers: Vec<Answer>) -> Bench {
@@ -78,8 +79,10 @@ async fn watch(answers: Vec<Answer>) -> Bench {
     let readiness = Readiness::default();
     let item = readiness.expect(Pod::NAME, "not synced yet");
     let selector = Some("spec.nodeName=node-1".to_owned());
-    tokio::spawn(Watch::<Pod>::new(client, selector, sender, item.clone()).run());
-    Bench { script, facts, item, readiness }
+    let unreadable = Arc::<AtomicU64>::default();
+    let watch = Watch::<Pod>::new(client, selector, sender, item.clone(), unreadable.clone());
+    tokio::spawn(watch.run());
+    Bench { script, facts, item, readiness, unreadable }
 }
 
 impl Bench {
@@ -223,6 +226,25 @@ async fn a_server_error_is_shown_then_the_watch_resumes_where_it_was() {
     assert_eq!(bench.next().await, "pod a");
     bench.ready().await;
     assert!(bench.asked()[2].contains("resourceVersion=5"), "{:?}", bench.asked());
+}
+
+#[tokio::test]
+async fn an_object_of_an_unknown_form_is_counted_and_the_others_go_on() {
+    let odd = |version: &str| {
+        let metadata = json!({"namespace": "default", "name": "odd", "resourceVersion": version});
+        json!({"metadata": metadata, "spec": "of a future version"})
+    };
+    let mut bench = watch(vec![
+        list("5", "", &[odd("2"), pod("a", "1")]),
+        Answer::Ended(vec![event("MODIFIED", &odd("7"))]),
+        Answer::Open(vec![event("MODIFIED", &pod("a", "9"))]),
+    ])
+    .await;
+    assert_eq!(bench.next().await, "pod a");
+    assert_eq!(bench.next().await, "pod a");
+    assert_eq!(bench.unreadable.load(Ordering::Relaxed), 2);
+    assert!(bench.asked()[2].contains("resourceVersion=7"), "{:?}", bench.asked());
+    assert_eq!(bench.item.failures(), 0);
 }
 
 #[tokio::test]

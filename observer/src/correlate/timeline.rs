@@ -119,6 +119,14 @@ impl Timeline {
         Some(self.backend_removed?.at.seconds_since(self.deletion_requested?.at))
     }
 
+    /// The node's own part of the gap, known for pods of any node: backend removed minus endpoint
+    /// terminating, in seconds; 0 when the rules were faster than our watch.
+    #[must_use]
+    pub fn endpoint_removal_seconds(&self) -> Option<f64> {
+        let removed = self.backend_removed?.at;
+        Some(removed.seconds_since(self.endpoint_terminating?.at).max(0.0))
+    }
+
     /// Arrival tail: last new connection attempt minus deletion request, in seconds; 0 when the
     /// pod ran here and nothing arrived after the request.
     #[must_use]
