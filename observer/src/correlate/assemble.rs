@@ -99,15 +99,20 @@ impl Assembler<'_> {
         let mut removals = Vec::new();
         for address in pod.addresses() {
             let next_owner = self.next_owner(uid, pod, address);
+            let exclusive = pod.has_address_since(address).is_some();
             for (backend, steps) in self.evidence.backends.get(&address).into_iter().flatten() {
-                let Fate::Backend(backend_removed) = fate(steps, floor, next_owner) else {
+                let keys: Vec<&EndpointKey> =
+                    pod.endpoints.keys().filter(|key| is_endpoint_of(backend, key)).collect();
+                // A node's address, which host-network pods share, or another node's pod's.
+                if keys.is_empty() && !exclusive {
+                    continue;
+                }
+                let gone = pod.gone_from(&keys);
+                let Fate::Backend(backend_removed) = fate(steps, floor, next_owner, gone) else {
                     continue;
                 };
-                let terminating = pod
-                    .endpoints
-                    .keys()
-                    .filter(|key| is_endpoint_of(backend, key))
-                    .filter_map(|key| endpoint_terminating(pod, key, floor, requested));
+                let terminating =
+                    keys.iter().filter_map(|key| endpoint_terminating(pod, key, floor, requested));
                 let removal = Removal {
                     service: backend.service.clone(),
                     endpoint_terminating: earliest(terminating),
@@ -338,8 +343,18 @@ enum Fate {
     Backend(Option<Instant>),
 }
 
-/// Follows one backend's steps from the floor on, up to the next owner of its address.
-fn fate(steps: &BackendSteps, floor: BootNs, next_owner: Option<BootNs>) -> Fate {
+/// Follows one backend's steps from the floor on, up to the next owner of its address: as the pod
+/// watch shows it, or (another node's pod) whoever is added after the endpoint is `gone`.
+fn fate(
+    steps: &BackendSteps,
+    floor: BootNs,
+    next_owner: Option<BootNs>,
+    gone: Option<BootNs>,
+) -> Fate {
+    // A pod that ended keeps naming an address that may be another's long before it is deleted.
+    if next_owner.is_some_and(|next| next <= floor) {
+        return Fate::NoBackend;
+    }
     let at_floor = steps.range(..floor).next_back().map(|(_, (step, _))| *step);
     let mut present = at_floor == Some(BackendStep::Added);
     let mut known = present;
@@ -350,7 +365,9 @@ fn fate(steps: &BackendSteps, floor: BootNs, next_owner: Option<BootNs>) -> Fate
         }
         match step {
             BackendStep::Added => {
-                if removed.is_some() && next_owner.is_some_and(|next| at.plus(REUSE_SKEW) >= next) {
+                let others = next_owner.is_some_and(|next| at.plus(REUSE_SKEW) >= next)
+                    || gone.is_some_and(|gone| *at >= gone);
+                if removed.is_some() && others {
                     break;
                 }
                 present = true;

@@ -111,6 +111,15 @@ impl Pod {
             .all(|steps| steps.last().is_some_and(|step| step.1 == EndpointState::Gone))
     }
 
+    /// Since when none of these endpoints is listed; `None` while one is, or when there are none.
+    pub(super) fn gone_from(&self, keys: &[&EndpointKey]) -> Option<BootNs> {
+        let gone = |key: &&EndpointKey| match self.endpoints.get(*key)?.last()? {
+            (at, EndpointState::Gone) => Some(*at),
+            _ => None,
+        };
+        keys.iter().map(gone).collect::<Option<Vec<_>>>()?.into_iter().max()
+    }
+
     /// Every step of every endpoint.
     pub(super) fn steps(&self) -> impl Iterator<Item = (BootNs, EndpointState)> {
         self.endpoints.values().flatten().copied()

@@ -302,6 +302,64 @@ fn an_address_taken_over_while_still_in_the_rules_gives_no_gap() {
 }
 
 #[test]
+fn an_ended_pod_whose_address_went_to_another_has_no_backend() {
+    let reuser = Teller { pod: REUSER, address: 7, netns: 71 };
+    let mut correlator = correlate([
+        TELLER.seen(1_000),
+        reuser.seen(50_000),
+        reuser.backend(50_100, BackendStep::Added),
+        TELLER.deleted(100_200),
+        TELLER.removed(100_300),
+    ]);
+    assert_eq!(timeline(&correlator, POD).removals, []);
+    assert_eq!(correlator.advance(at(104_000)).len(), 1, "nothing more is expected");
+}
+
+/// As a pod of another node, or one that shares its node's address.
+fn elsewhere(fact: Fact) -> Fact {
+    match fact {
+        Fact::Endpoint(step) => {
+            Fact::Endpoint(EndpointStep { node: Some("node-2".into()), ..step })
+        }
+        fact => fact,
+    }
+}
+
+#[test]
+fn a_backend_of_another_pod_at_a_shared_address_is_not_waited_for() {
+    let mut facts = vec![
+        TELLER.backend(500, BackendStep::Added),
+        elsewhere(TELLER.endpoint(10_210, EndpointState::Terminating, false)),
+        TELLER.backend(10_400, BackendStep::Removed),
+        elsewhere(TELLER.endpoint(12_000, EndpointState::Gone, false)),
+    ];
+    let Fact::Backend(mut exporter) =
+        TELLER.backend_of("kube-system/exporter:metrics", 500, BackendStep::Added)
+    else {
+        panic!("a backend")
+    };
+    exporter.backend.port = 9_100;
+    facts.push(Fact::Backend(exporter));
+    let mut correlator = correlate(facts);
+    let removed = timeline(&correlator, POD).backend_removed.map(|removed| removed.at);
+    assert_eq!(removed, Some(at(10_400)));
+    assert_eq!(correlator.advance(at(16_000)).len(), 1);
+}
+
+#[test]
+fn a_reused_address_on_another_node_does_not_undo_the_removal() {
+    let correlator = correlate([
+        TELLER.backend(500, BackendStep::Added),
+        elsewhere(TELLER.endpoint(10_210, EndpointState::Terminating, false)),
+        TELLER.backend(10_400, BackendStep::Removed),
+        elsewhere(TELLER.endpoint(12_000, EndpointState::Gone, false)),
+        TELLER.backend(13_000, BackendStep::Added),
+    ]);
+    let removed = timeline(&correlator, POD).backend_removed.map(|removed| removed.at);
+    assert_eq!(removed, Some(at(10_400)));
+}
+
+#[test]
 fn refusals_before_the_deletion_are_not_counted_to_it() {
     let mut facts = TELLER.story();
     // Not listening yet: two refusals at the start of its life, one of them not reported.
@@ -373,12 +431,6 @@ fn what_is_no_sample_says_why() {
 
 #[test]
 fn a_pod_of_another_node_has_its_removal_only() {
-    let elsewhere = |fact| match fact {
-        Fact::Endpoint(step) => {
-            Fact::Endpoint(EndpointStep { node: Some("node-2".into()), ..step })
-        }
-        fact => fact,
-    };
     let facts = [
         TELLER.backend(500, BackendStep::Added),
         elsewhere(TELLER.endpoint(10_210, EndpointState::Terminating, false)),
