@@ -107,7 +107,7 @@ fn without_permission_it_says_which_capabilities_are_needed() {
     command.arg(format!("--kubeconfig={}", text(&kubeconfig))).uid(NOBODY).gid(NOBODY);
     let (code, said) = outcome(command);
     assert_eq!((code, said.lines().count()), (Some(3), 1), "{said}");
-    assert!(said.contains("capabilities BPF, PERFMON and NET_ADMIN"), "{said}");
+    assert!(said.contains("capabilities BPF, PERFMON, NET_ADMIN and NET_RAW"), "{said}");
 }
 
 #[test]
