@@ -218,15 +218,28 @@ impl Assembler<'_> {
         let (mut detailed, mut before, mut first, mut last) = (0, 0, None, None);
         for address in pod.addresses() {
             let span = (address, Netns::MIN)..=(address, Netns::MAX);
+            for ((_, netns), dropped) in self.evidence.dropped_refusals.range(span.clone()) {
+                if self.owner(address, *netns, floor) == Some(uid) {
+                    detailed += dropped;
+                    before += dropped;
+                }
+            }
             for ((_, netns), refusals) in self.evidence.refusals.range(span) {
+                let mut previous = None;
                 for ((at, _, _), suppressed) in refusals {
                     if self.owner(address, *netns, *at) != Some(uid) {
                         continue;
                     }
-                    let weight = 1 + u64::from(*suppressed);
-                    detailed += weight;
+                    let suppressed = u64::from(*suppressed);
+                    detailed += 1 + suppressed;
+                    // A budget lasts a second: what it withheld happened right after the detail
+                    // that spent it, however much later the next one tells.
+                    if previous.is_none_or(|previous| previous < floor) {
+                        before += suppressed;
+                    }
+                    previous = Some(*at);
                     if *at < floor {
-                        before += weight;
+                        before += 1;
                     } else {
                         first = Some(first.map_or(*at, |first: BootNs| first.min(*at)));
                         last = last.max(Some(*at));
@@ -326,7 +339,7 @@ struct Processes {
 
 /// The earliest moment at which a fact can belong to this termination; `None` when there is no
 /// termination.
-fn floor(pod: &Pod) -> Option<BootNs> {
+pub(super) fn floor(pod: &Pod) -> Option<BootNs> {
     let deletion = pod.watched.as_ref().and_then(|watched| watched.deletion);
     if let Some((at, deletion)) = deletion {
         return Some(deletion.not_before.min(at.minus(EARLIEST)));

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::assemble::{Assembler, Pods};
-use self::evidence::Evidence;
+use self::evidence::{Evidence, Open};
 use self::slices::Slices;
 pub use self::slices::{EndpointKey, EndpointState, EndpointStep};
 pub use self::timeline::{Instant, Removal, Source, TailEnds, Timeline};
@@ -34,7 +34,8 @@ const SETTLE: Duration = Duration::from_secs(3);
 /// A termination that does not end this long after its grace period is closed as it is.
 const MAX_OPEN: Duration = Duration::from_mins(10);
 
-/// Facts are kept this long: rules may change well before or after our watches tell why.
+/// Facts are kept this long, and those of an open termination until it closes: rules may change
+/// well before or after our watches tell why.
 const RETENTION: Duration = Duration::from_mins(10);
 
 /// Closed timelines kept for the API; at a kibibyte or two each, some megabytes.
@@ -127,7 +128,9 @@ impl Correlator {
         for mut timeline in self.open() {
             let pod = &self.pods[&timeline.uid];
             let begun = timeline.first_instant().unwrap_or(now);
-            let overdue = begun.plus(timeline.grace_period.unwrap_or_default()).plus(MAX_OPEN);
+            // `kubectl delete --grace-period` may ask for more than the pod's own.
+            let grace = timeline.grace_period.max(timeline.deletion.map(|asked| asked.grace));
+            let overdue = begun.plus(grace.unwrap_or_default()).plus(MAX_OPEN);
             let complete = is_complete(pod, &timeline);
             let last = timeline.last_instant().unwrap_or(begun);
             if complete && now >= last.plus(SETTLE) {
@@ -208,7 +211,20 @@ impl Correlator {
         if !stale.is_empty() {
             self.retire(&stale);
         }
-        self.evidence.forget_before(horizon, &self.pods);
+        let open = self.open_terminations();
+        self.evidence.forget_before(horizon, &self.pods, &open);
+    }
+
+    fn open_terminations(&self) -> Open {
+        let mut open = Open::default();
+        for (uid, pod) in self.pods.iter().filter(|(_, pod)| !pod.closed) {
+            if let Some(floor) = assemble::floor(pod) {
+                open.pods.insert(uid.clone());
+                open.addresses.extend(pod.addresses());
+                open.since = Some(open.since.map_or(floor, |since| since.min(floor)));
+            }
+        }
+        open
     }
 
     /// Drops pods, and moves their refusals to the totals.

@@ -369,6 +369,53 @@ fn refusals_before_the_deletion_are_not_counted_to_it() {
 }
 
 #[test]
+fn refusals_whose_details_were_dropped_are_not_counted_to_a_later_deletion() {
+    let mut correlator = correlate([
+        TELLER.seen(1_000),
+        TELLER.kernel(1_050, Happening::Refused),
+        TELLER.kernel(1_100, Happening::ListenerOpened),
+        TELLER.arrivals(Outcome::Refused, 1, 1_050),
+    ]);
+    correlator.advance(at(1_000_000));
+    record(&mut correlator, TELLER.deleted(1_200_200));
+    record(&mut correlator, TELLER.kernel(1_200_400, Happening::Refused));
+    record(&mut correlator, TELLER.arrivals(Outcome::Refused, 2, 1_200_400));
+    assert_eq!(timeline(&correlator, POD).refused, 1);
+}
+
+#[test]
+fn refusals_suppressed_before_the_deletion_are_not_counted_to_it() {
+    let mut facts = TELLER.story();
+    // Of 98 at the start of its life one was told; the rest came with the next one told, at 10.4 s.
+    facts.push(TELLER.kernel(1_050, Happening::Refused));
+    facts.retain(|fact| !matches!(fact, Fact::Kernel(event) if event.at == at(10_400)));
+    let Fact::Kernel(next) = TELLER.kernel(10_400, Happening::Refused) else { panic!("an event") };
+    facts.push(Fact::Kernel(KernelEvent { suppressed: 97, ..next }));
+    facts.push(TELLER.arrivals(Outcome::Refused, 103, 11_400));
+    assert_eq!(timeline(&correlate(facts), POD).refused, 5);
+}
+
+#[test]
+fn a_termination_longer_than_facts_are_kept_loses_none_of_them() {
+    let asked = Deletion { not_before: at(10_000), grace: Duration::from_hours(1) };
+    let mut facts = TELLER.story();
+    facts.retain(|fact| !matches!(fact, Fact::Cluster(ClusterFact::PodRemoved { .. })));
+    facts.retain(
+        |fact| !matches!(fact, Fact::Cluster(ClusterFact::Pod(pod)) if pod.deletion.is_some()),
+    );
+    facts.push(TELLER.observed(10_200, Some(asked)));
+    let mut correlator = correlate(facts);
+    let blindness = Blindness { from: at(10_400), until: at(10_500), source: "pod watch" };
+    correlator.record_blindness(blindness);
+    let before = timeline(&correlator, POD);
+    assert_eq!(correlator.advance(at(3_000_000)), []);
+    assert_eq!(timeline(&correlator, POD), before);
+    assert_eq!(before.censored, ["pod watch may have missed something"]);
+    record(&mut correlator, TELLER.removed(3_010_000));
+    assert_eq!(correlator.advance(at(3_020_000)).len(), 1);
+}
+
+#[test]
 fn other_ports_do_not_decide_the_head_start() {
     let mut facts = TELLER.story();
     facts.push(TELLER.kernel_on(10_220, Happening::ListenerClosed, 9_090, 2));
