@@ -165,23 +165,30 @@ impl Assembler<'_> {
     }
 
     /// The earliest of its Service ports that nothing listened on any more; of any port when no
-    /// Service port is known. A port is closed when its last step is a close.
+    /// Service port is known. A port is closed by its last close, unless a socket that opened
+    /// since the floor still listens: a server that restarts gracefully opens before it closes.
     fn listener_closed(&self, uid: &PodUid, pod: &Pod, floor: BootNs) -> Option<BootNs> {
-        let mut last_steps: BTreeMap<u16, (BootNs, bool)> = BTreeMap::new();
+        let mut ports: BTreeMap<u16, (BTreeSet<u64>, Option<BootNs>)> = BTreeMap::new();
         for (netns, listeners) in &self.evidence.listeners {
             if self.netns_owner(*netns) != Some(uid) {
                 continue;
             }
             for listener in listeners.iter().filter(|listener| listener.at >= floor) {
-                last_steps.insert(listener.port, (listener.at, listener.opened));
+                let (open, closed) = ports.entry(listener.port).or_default();
+                if listener.opened {
+                    open.insert(listener.socket);
+                } else {
+                    open.remove(&listener.socket);
+                    *closed = (*closed).max(Some(listener.at));
+                }
             }
         }
         let service_ports: BTreeSet<u16> = pod.endpoints.keys().map(|key| key.port).collect();
-        last_steps
+        ports
             .into_iter()
             .filter(|(port, _)| service_ports.is_empty() || service_ports.contains(port))
-            .filter(|(_, (_, opened))| !opened)
-            .map(|(_, (at, _))| at)
+            .filter(|(_, (open, _))| open.is_empty())
+            .filter_map(|(_, (_, closed))| closed)
             .min()
     }
 

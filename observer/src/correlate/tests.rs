@@ -432,6 +432,15 @@ fn a_listener_that_reopens_has_not_closed() {
 }
 
 #[test]
+fn a_listener_that_was_handed_over_has_not_closed() {
+    let mut facts = TELLER.story();
+    facts.push(TELLER.kernel_on(10_295, Happening::ListenerOpened, 8_080, 2));
+    assert_eq!(timeline(&correlate(facts.clone()), POD).head_start_seconds(), None);
+    facts.push(TELLER.kernel_on(10_900, Happening::ListenerClosed, 8_080, 2));
+    assert_seconds(timeline(&correlate(facts), POD).head_start_seconds(), 0.7);
+}
+
+#[test]
 fn the_sandbox_killed_unasked_is_not_the_workload() {
     let mut facts = TELLER.story();
     let sandbox = |ms, happening| match TELLER.kernel(ms, happening) {
