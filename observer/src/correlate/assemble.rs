@@ -44,7 +44,8 @@ impl Assembler<'_> {
         let floor = floor(pod)?;
         let requested = deletion.map(|(at, deletion)| Instant {
             at,
-            uncertainty: Some(Duration::from_nanos(at.0.saturating_sub(deletion.not_before.0))),
+            // A bound after the sighting: the API server's clock is ahead, so it bounds nothing.
+            uncertainty: at.0.checked_sub(deletion.not_before.0).map(Duration::from_nanos),
             source: Source::PodWatch,
         });
         let removals = self.removals(uid, pod, floor, requested);
@@ -70,7 +71,9 @@ impl Assembler<'_> {
             removals: removals.into_iter().map(|(_, removal)| removal).collect(),
             sigterm: processes.sigterm.map(kernel),
             listener_closed: self.listener_closed(uid, pod, floor).map(kernel),
-            arrivals: requested.map(|at| self.tail_ends(uid, pod, at.at)).unwrap_or_default(),
+            arrivals: requested
+                .filter(|_| pod.owns_its_network())
+                .map(|requested| self.tail_ends(uid, pod, requested.at)),
             refused: refusals.count,
             first_refused: refusals.first.map(kernel),
             last_refused: refusals.last.map(kernel),
@@ -430,9 +433,9 @@ fn endpoint_terminating(
 ) -> Option<Instant> {
     let steps = pod.endpoints.get(key)?;
     let (at, _) = steps.range((floor, EndpointState::NotReady)..).next()?;
-    let uncertainty = requested.map(|requested| {
-        let begin = requested.at.minus(requested.uncertainty.unwrap_or_default());
-        Duration::from_nanos(at.0.saturating_sub(begin.0))
+    let uncertainty = requested.and_then(|requested| {
+        let begin = requested.at.minus(requested.uncertainty?);
+        at.0.checked_sub(begin.0).map(Duration::from_nanos)
     });
     Some(Instant { at: *at, uncertainty, source: Source::SliceWatch })
 }

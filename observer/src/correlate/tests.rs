@@ -266,6 +266,33 @@ fn a_pod_in_no_rule_has_no_gap_but_a_tail() {
 }
 
 #[test]
+fn a_pod_without_an_address_of_its_own_has_no_tail() {
+    let host_network = |fact| match fact {
+        Fact::Cluster(ClusterFact::Pod(pod)) => {
+            Fact::Cluster(ClusterFact::Pod(PodObserved { addresses: vec![], ..pod }))
+        }
+        fact => fact,
+    };
+    let timeline = timeline(&correlate(TELLER.story().into_iter().map(host_network)), POD);
+    assert!(timeline.home);
+    assert_eq!(timeline.arrival_tail_seconds(), None, "nothing is counted at a node's address");
+    assert_seconds(timeline.needed_seconds(), 1.3);
+}
+
+#[test]
+fn an_api_server_whose_clock_is_ahead_bounds_nothing() {
+    let ahead = Deletion { not_before: at(11_000), grace: Duration::from_secs(30) };
+    let facts = [
+        TELLER.seen(1_000),
+        TELLER.observed(10_200, Some(ahead)),
+        TELLER.endpoint(10_210, EndpointState::Terminating, false),
+    ];
+    let timeline = timeline(&correlate(facts), POD);
+    assert_eq!(timeline.deletion_requested.expect("a deletion").uncertainty, None);
+    assert_eq!(timeline.endpoint_terminating.expect("an endpoint").uncertainty, None);
+}
+
+#[test]
 fn a_reused_address_blames_nobody_else() {
     let reuser = Teller { pod: REUSER, address: 7, netns: 71 };
     let mut facts = TELLER.story();
