@@ -558,9 +558,8 @@ fn a_backend_that_never_leaves_keeps_the_timeline_open_then_says_so() {
     assert_eq!(closed[0].censored, ["it did not end in time"]);
 }
 
-#[test]
-fn slices_give_steps_away_from_ready_only() {
-    let endpoint = |last: u8, ready, terminating| Endpoint {
+fn listed(last: u8, ready: bool, terminating: bool) -> Endpoint {
+    Endpoint {
         service: ServicePort(Arc::from(SERVICE)),
         protocol: Protocol::Tcp,
         address: address(last),
@@ -572,27 +571,57 @@ fn slices_give_steps_away_from_ready_only() {
             name: "web-x".into(),
         }),
         node: Some("node-1".into()),
-    };
+    }
+}
+
+fn steps(slices: &mut Slices, ms: u64, endpoints: Vec<Endpoint>) -> Vec<(u8, EndpointState, bool)> {
+    let observed = SliceObserved { at: at(ms), slice: "shop/web-1".into(), endpoints };
+    let last = |address: IpAddr| if address == self::address(7) { 7 } else { 8 };
+    slices
+        .observe(observed)
+        .into_iter()
+        .map(|step| (last(step.endpoint.address), step.state, step.alone))
+        .collect()
+}
+
+#[test]
+fn slices_give_steps_away_from_ready_only() {
+    use EndpointState::{Gone, Terminating};
     let mut slices = Slices::default();
-    let mut observe = |ms, endpoints| {
-        let observed = SliceObserved { at: at(ms), slice: "shop/web-1".into(), endpoints };
-        slices
-            .observe(observed)
-            .into_iter()
-            .map(|step| (step.endpoint.address, step.state, step.alone))
-            .collect::<Vec<_>>()
+    let mut observe = |ms, endpoints| steps(&mut slices, ms, endpoints);
+    assert_eq!(observe(0, vec![listed(7, true, false), listed(8, true, false)]), []);
+    assert_eq!(
+        observe(1, vec![listed(7, false, true), listed(8, true, false)]),
+        [(7, Terminating, false)]
+    );
+    assert_eq!(observe(2, vec![listed(7, false, true), listed(8, true, false)]), []);
+    assert_eq!(observe(3, vec![listed(8, false, true)]), [(8, Terminating, true), (7, Gone, true)]);
+    assert_eq!(observe(4, vec![]), [(8, Gone, true)]);
+}
+
+#[test]
+fn a_terminating_endpoint_is_left_alone_when_the_last_ready_one_goes() {
+    use EndpointState::Terminating;
+    let drained = |endpoint: Endpoint| Endpoint {
+        conditions: Conditions { serving: false, ..endpoint.conditions },
+        ..endpoint
     };
-    assert_eq!(observe(0, vec![endpoint(7, true, false), endpoint(8, true, false)]), []);
-    assert_eq!(
-        observe(1, vec![endpoint(7, false, true), endpoint(8, true, false)]),
-        [(address(7), EndpointState::Terminating, false)]
-    );
-    assert_eq!(observe(2, vec![endpoint(7, false, true), endpoint(8, true, false)]), []);
-    assert_eq!(
-        observe(3, vec![endpoint(8, false, true)]),
-        [(address(8), EndpointState::Terminating, true), (address(7), EndpointState::Gone, true)]
-    );
-    assert_eq!(observe(4, vec![]), [(address(8), EndpointState::Gone, true)]);
+    let ready = vec![listed(7, true, false), listed(8, true, false)];
+    let first = vec![listed(7, false, true), listed(8, true, false)];
+    let mut slices = Slices::default();
+    steps(&mut slices, 0, ready.clone());
+    assert_eq!(steps(&mut slices, 1, first.clone()), [(7, Terminating, false)]);
+    let both = vec![listed(7, false, true), listed(8, false, true)];
+    let left = [(8, Terminating, true), (7, Terminating, true)];
+    assert_eq!(steps(&mut slices, 2, both.clone()), left);
+    assert_eq!(steps(&mut slices, 3, both), [], "told once");
+
+    // Rules send nothing to one that no longer serves, alone or not.
+    let mut slices = Slices::default();
+    steps(&mut slices, 0, ready);
+    steps(&mut slices, 1, first);
+    let both = vec![drained(listed(7, false, true)), listed(8, false, true)];
+    assert_eq!(steps(&mut slices, 2, both), [(8, Terminating, true)]);
 }
 
 /// Three terminations that overlap, two of them on one address, with jittered times.
