@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::evidence::{BackendSteps, Count, CountKey, Evidence, Netns, ProcessFact, ProcessStep};
-use super::pods::Pod;
+use super::pods::{Pod, Watched};
 use super::slices::{EndpointKey, EndpointState};
 use super::timeline::{Instant, Removal, Source, TailEnds, Timeline};
 use crate::facts::{Backend, BackendStep, BootNs, Origin, Outcome, PodUid};
@@ -302,6 +302,11 @@ impl Assembler<'_> {
         let mut reasons = Vec::new();
         if timeline.deletion.is_some_and(|deletion| deletion.grace.is_zero()) {
             reasons.push("deleted with a grace period of 0".to_owned());
+        }
+        if let Some(Watched { ended: Some(ended), deletion: Some((deleted, _)), .. }) = pod.watched
+            && ended < deleted
+        {
+            reasons.push("it had ended before it was deleted".to_owned());
         }
         match &pod.watched {
             Some(watched) if watched.first_seen_deleted => {

@@ -85,7 +85,6 @@ impl Teller {
             deletion,
             pre_stop_sleep: None,
             grace_period: Duration::from_secs(30),
-            ready: true,
             ended: false,
         }))
     }
@@ -492,6 +491,15 @@ fn what_is_no_sample_says_why() {
 
     let facts = [TELLER.seen(1_000), TELLER.removed(10_000)];
     assert_eq!(timeline(&correlate(facts), POD).censored, ["removed before its deletion was seen"]);
+
+    let ended = match TELLER.seen(5_000) {
+        Fact::Cluster(ClusterFact::Pod(pod)) => {
+            Fact::Cluster(ClusterFact::Pod(PodObserved { ended: true, ..pod }))
+        }
+        fact => fact,
+    };
+    let facts = [TELLER.seen(1_000), ended, TELLER.deleted(10_200)];
+    assert_eq!(timeline(&correlate(facts), POD).censored, ["it had ended before it was deleted"]);
 
     let facts = [
         TELLER.seen(1_000),
