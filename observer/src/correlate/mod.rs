@@ -53,8 +53,9 @@ pub struct Correlator {
     closed: VecDeque<Timeline>,
     /// Refusals of pods whose facts were dropped.
     retired_refusals: BTreeMap<WorkloadKey, u64>,
-    /// Network namespaces of pods whose facts were dropped. Cookies are never reused.
-    retired_netns: BTreeSet<u64>,
+    /// Network namespaces of pods whose facts were dropped, and when. Cookies are never reused;
+    /// the kernel's counts of them are deleted (`is_retired`) long before these are.
+    retired_netns: BTreeMap<u64, BootNs>,
 }
 
 impl Correlator {
@@ -68,7 +69,7 @@ impl Correlator {
             evidence: Evidence::default(),
             closed: VecDeque::new(),
             retired_refusals: BTreeMap::new(),
-            retired_netns: BTreeSet::new(),
+            retired_netns: BTreeMap::new(),
         }
     }
 
@@ -105,7 +106,7 @@ impl Correlator {
 
     /// Takes a reading of one of the kernel's counts.
     pub fn record_arrivals(&mut self, arrivals: &Arrivals) {
-        if !self.retired_netns.contains(&arrivals.netns_cookie) {
+        if !self.retired_netns.contains_key(&arrivals.netns_cookie) {
             self.evidence.record_arrivals(arrivals);
         }
     }
@@ -147,7 +148,7 @@ impl Correlator {
             self.closed.push_back(timeline.clone());
         }
         self.closed.drain(..self.closed.len().saturating_sub(MAX_CLOSED));
-        self.forget(now.minus(RETENTION));
+        self.forget(now);
         ended
     }
 
@@ -201,7 +202,9 @@ impl Correlator {
         Assembler { node: &self.node, pods: &self.pods, evidence: &self.evidence }
     }
 
-    fn forget(&mut self, horizon: BootNs) {
+    fn forget(&mut self, now: BootNs) {
+        let horizon = now.minus(RETENTION);
+        self.retired_netns.retain(|_, retired| *retired >= horizon);
         let stale: BTreeSet<PodUid> = self
             .pods
             .iter()
@@ -209,7 +212,7 @@ impl Correlator {
             .map(|(uid, _)| uid.clone())
             .collect();
         if !stale.is_empty() {
-            self.retire(&stale);
+            self.retire(&stale, now);
         }
         let open = self.open_terminations();
         self.evidence.forget_before(horizon, &self.pods, &open);
@@ -228,7 +231,7 @@ impl Correlator {
     }
 
     /// Drops pods, and moves their refusals to the totals.
-    fn retire(&mut self, stale: &BTreeSet<PodUid>) {
+    fn retire(&mut self, stale: &BTreeSet<PodUid>, now: BootNs) {
         for (uid, count) in self.refused_by_pod() {
             if stale.contains(&uid)
                 && let Some(key) = self.workload(&uid)
@@ -245,7 +248,7 @@ impl Correlator {
                     .is_some_and(|uid| !stale.contains(uid))
             });
         self.evidence.counts = kept;
-        self.retired_netns.extend(dropped.keys().map(|key| key.netns));
+        self.retired_netns.extend(dropped.keys().map(|key| (key.netns, now)));
         self.pods.retain(|uid, _| !stale.contains(uid));
     }
 
@@ -253,7 +256,7 @@ impl Correlator {
     #[must_use]
     pub fn is_retired(&self, arrivals: &Arrivals) -> bool {
         let Arrivals { address, netns_cookie, last, .. } = arrivals;
-        self.retired_netns.contains(netns_cookie)
+        self.retired_netns.contains_key(netns_cookie)
             || self.assembler().owner(*address, *netns_cookie, *last).is_none()
     }
 }

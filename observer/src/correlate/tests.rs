@@ -556,6 +556,24 @@ fn a_timeline_closes_once_when_nothing_more_is_expected() {
 }
 
 #[test]
+fn nothing_is_kept_of_a_pod_long_gone_but_its_timeline() {
+    let mut correlator = correlate(TELLER.story());
+    correlator.advance(at(16_000));
+    correlator.advance(at(700_000));
+    assert!(correlator.pods.is_empty() && correlator.evidence.counts.is_empty());
+    let Fact::Arrivals(late) = TELLER.arrivals(Outcome::Refused, 5, 11_400) else {
+        panic!("a count")
+    };
+    assert!(correlator.is_retired(&late), "the kernel may delete it");
+    correlator.advance(at(1_400_000));
+    let evidence = &correlator.evidence;
+    assert!(correlator.retired_netns.is_empty() && evidence.netns_to_pods.is_empty());
+    assert!(evidence.listeners.is_empty() && evidence.processes.is_empty());
+    assert!(evidence.refusals.is_empty() && evidence.dropped_refusals.is_empty());
+    assert!(evidence.backends.is_empty() && evidence.blind.is_empty());
+}
+
+#[test]
 fn a_backend_that_never_leaves_keeps_the_timeline_open_then_says_so() {
     let facts = TELLER.story().into_iter().filter(
         |fact| !matches!(fact, Fact::Backend(change) if change.step == BackendStep::Removed),
