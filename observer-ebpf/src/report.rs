@@ -63,7 +63,8 @@ pub fn count(signal: u32) {
 pub fn count_errno(errno: u32) {
     let index = if errno < ERRNO_COUNT { errno } else { ERRNO_COUNT - 1 };
     if let Some(count) = ERRNO_TO_COUNT.get_ptr_mut(index) {
-        // SAFETY: this CPU's own element; tracepoint programs do not nest on one CPU.
+        // SAFETY: this CPU's own element, which one program alone counts in. (Different programs do
+        // nest on one CPU: an interrupt's inside a system call's.)
         unsafe { *count += 1 };
     }
 }

@@ -148,8 +148,6 @@ pub struct PodObserved {
     pub pre_stop_sleep: Option<Duration>,
     /// `spec.terminationGracePeriodSeconds`.
     pub grace_period: Duration,
-    /// The `Ready` condition.
-    pub ready: bool,
     /// Whether `status.phase` is `Succeeded` or `Failed`.
     pub ended: bool,
 }

@@ -42,15 +42,54 @@ pub struct Metrics {
     arrival_tail: HistogramVec,
     shortfall: HistogramVec,
     clock_max_error: Gauge,
-    dataplane_commits: IntCounter,
-    dataplane_resyncs: IntCounter,
-    dataplane_troubles: IntCounterVec,
-    dataplane_backends: IntGauge,
-    dataplane_unresolved: IntGauge,
-    dataplane_in_use: IntGaugeVec,
+    rules: Rules,
     facts_queued: IntGaugeVec,
     watch_failures: IntCounterVec,
     unreadable_objects: IntCounter,
+}
+
+/// Of the reader of the node's rules.
+#[derive(Clone, Debug)]
+struct Rules {
+    commits: IntCounter,
+    resyncs: IntCounter,
+    troubles: IntCounterVec,
+    backends: IntGauge,
+    unresolved: IntGauge,
+    in_use: IntGaugeVec,
+}
+
+impl Rules {
+    fn new(made: &Made<'_>) -> prometheus::Result<Self> {
+        Ok(Self {
+            commits: made.add(IntCounter::with_opts(opts(
+                "dataplane_commits_total",
+                "Changes of the node's rules that were seen.",
+            ))?)?,
+            resyncs: made.add(IntCounter::with_opts(opts(
+                "dataplane_resyncs_total",
+                "Times the node's rules were read as a whole because a change was missed.",
+            ))?)?,
+            troubles: made.counters(
+                "dataplane_troubles_total",
+                "What the reader of the node's rules passed over, lost or did again, by kind.",
+                &["kind"],
+            )?,
+            unresolved: made.add(IntGauge::with_opts(opts(
+                "dataplane_unresolved_rules",
+                "Reachable rules whose destination cannot be told.",
+            ))?)?,
+            in_use: made.gauges(
+                "dataplane_in_use",
+                "Which kinds of rules exist on this node.",
+                &["dataplane"],
+            )?,
+            backends: made.add(IntGauge::with_opts(opts(
+                "dataplane_backends",
+                "Backends that the node's rules send new connections to.",
+            ))?)?,
+        })
+    }
 }
 
 impl Metrics {
@@ -124,32 +163,7 @@ impl Metrics {
                 "clock_max_error_seconds",
                 "The kernel's own bound on the error of the wall clock (adjtimex).",
             ))?)?,
-            dataplane_commits: made.add(IntCounter::with_opts(opts(
-                "dataplane_commits_total",
-                "Changes of the node's rules that were seen.",
-            ))?)?,
-            dataplane_resyncs: made.add(IntCounter::with_opts(opts(
-                "dataplane_resyncs_total",
-                "Times the node's rules were read as a whole because a change was missed.",
-            ))?)?,
-            dataplane_troubles: made.counters(
-                "dataplane_troubles_total",
-                "What the reader of the node's rules passed over, lost or did again, by kind.",
-                &["kind"],
-            )?,
-            dataplane_unresolved: made.add(IntGauge::with_opts(opts(
-                "dataplane_unresolved_rules",
-                "Reachable rules whose destination cannot be told.",
-            ))?)?,
-            dataplane_in_use: made.gauges(
-                "dataplane_in_use",
-                "Which kinds of rules exist on this node.",
-                &["dataplane"],
-            )?,
-            dataplane_backends: made.add(IntGauge::with_opts(opts(
-                "dataplane_backends",
-                "Backends that the node's rules send new connections to.",
-            ))?)?,
+            rules: Rules::new(&made)?,
             facts_queued: made.gauges(
                 "facts_queued",
                 "Facts that wait for the correlator, by source.",
@@ -232,8 +246,8 @@ impl Metrics {
 
     /// What the reader of the node's rules has counted.
     pub fn set_dataplane(&self, counters: &dataplane::Counters) {
-        follow(&self.dataplane_commits, counters.commits.get());
-        follow(&self.dataplane_resyncs, counters.resyncs.get());
+        follow(&self.rules.commits, counters.commits.get());
+        follow(&self.rules.resyncs, counters.resyncs.get());
         for (kind, counter) in [
             ("malformed", &counters.malformed),
             ("unknown_expression", &counters.unknown_expressions),
@@ -242,17 +256,17 @@ impl Metrics {
             ("interrupted_read", &counters.interrupted_reads),
             ("legacy_failure", &counters.legacy_failures),
         ] {
-            follow(&self.dataplane_troubles.with_label_values(&[kind]), counter.get());
+            follow(&self.rules.troubles.with_label_values(&[kind]), counter.get());
         }
     }
 
     /// What the node's rules contain.
     pub fn set_dataplane_status(&self, status: &dataplane::Status) {
-        self.dataplane_backends.set(as_gauge(status.backends));
-        self.dataplane_unresolved.set(as_gauge(status.unresolved));
-        self.dataplane_in_use.reset();
+        self.rules.backends.set(as_gauge(status.backends));
+        self.rules.unresolved.set(as_gauge(status.unresolved));
+        self.rules.in_use.reset();
         for dataplane in &status.in_use {
-            self.dataplane_in_use.with_label_values(&[dataplane.name()]).set(1);
+            self.rules.in_use.with_label_values(&[dataplane.name()]).set(1);
         }
     }
 

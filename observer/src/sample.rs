@@ -31,7 +31,7 @@ pub(crate) fn timeline() -> Timeline {
         backend_removed,
         sigterm: after_ms(1_000, Source::Kernel),
         listener_closed: after_ms(1_000, Source::Kernel),
-        arrivals: TailEnds { cluster: Some(at_ms(2_500)), ..TailEnds::default() },
+        arrivals: Some(TailEnds { cluster: Some(at_ms(2_500)), ..TailEnds::default() }),
         refused: 7,
         first_refused: after_ms(1_100, Source::Kernel),
         last_refused: after_ms(2_500, Source::Kernel),

@@ -232,7 +232,7 @@ fn instants(timeline: &Timeline, offset: WallOffset) -> Instants {
         backend_removed: show(timeline.backend_removed),
         sigterm: show(timeline.sigterm),
         listener_closed: show(timeline.listener_closed),
-        last_new_connection: timeline.arrivals.last().map(|at| arrival(at, offset)),
+        last_new_connection: timeline.last_arrival().map(|at| arrival(at, offset)),
         first_refused: show(timeline.first_refused),
         last_refused: show(timeline.last_refused),
         sigkill: show(timeline.sigkill),
@@ -243,11 +243,12 @@ fn instants(timeline: &Timeline, offset: WallOffset) -> Instants {
 
 fn last_arrivals(timeline: &Timeline, offset: WallOffset) -> LastArrivals {
     let show = |at: Option<BootNs>| at.map(|at| arrival(at, offset));
+    let arrivals = timeline.arrivals.unwrap_or_default();
     LastArrivals {
-        same_node: show(timeline.arrivals.same_node),
-        cluster: show(timeline.arrivals.cluster),
-        external: show(timeline.arrivals.external),
-        unclassified: show(timeline.arrivals.unclassified),
+        same_node: show(arrivals.same_node),
+        cluster: show(arrivals.cluster),
+        external: show(arrivals.external),
+        unclassified: show(arrivals.unclassified),
     }
 }
 

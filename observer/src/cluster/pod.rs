@@ -100,19 +100,12 @@ struct Status {
     phase: Option<String>,
     #[serde(rename = "podIPs")]
     pod_ips: Option<Vec<PodIp>>,
-    conditions: Option<Vec<Condition>>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
 struct PodIp {
     #[serde(default)]
     ip: String,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-struct Condition {
-    r#type: String,
-    status: String,
 }
 
 impl Watched for Pod {
@@ -150,11 +143,6 @@ fn observed(pod: &Pod, at: BootNs, offset: WallOffset) -> PodObserved {
         deletion: deletion(metadata, offset),
         pre_stop_sleep: pre_stop_sleep(spec),
         grace_period: Duration::from_secs(u64::try_from(grace).unwrap_or(NEGATIVE_GRACE_SECONDS)),
-        ready: status
-            .conditions
-            .iter()
-            .flatten()
-            .any(|condition| condition.r#type == "Ready" && condition.status == "True"),
         ended: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
     }
 }

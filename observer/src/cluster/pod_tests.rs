@@ -72,7 +72,7 @@ fn a_running_pod_keeps_what_a_termination_needs() {
     assert_eq!(pod.addresses.len(), 2);
     assert_eq!(pod.pre_stop_sleep, Some(Duration::from_secs(5)));
     assert_eq!(pod.grace_period, Duration::from_secs(40));
-    assert_eq!((pod.ready, pod.ended, pod.deletion), (true, false, None));
+    assert_eq!((pod.ended, pod.deletion), (false, None));
 }
 
 #[test]
@@ -150,5 +150,5 @@ fn a_pod_that_was_only_just_created_takes_the_defaults() {
     });
     let pod = see(object);
     assert_eq!(pod.grace_period, Duration::from_secs(30));
-    assert_eq!((pod.ready, pod.addresses, pod.pre_stop_sleep), (false, vec![], None));
+    assert_eq!((pod.addresses, pod.pre_stop_sleep), (vec![], None));
 }

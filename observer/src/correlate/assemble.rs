@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::evidence::{BackendSteps, Count, CountKey, Evidence, Netns, ProcessFact, ProcessStep};
-use super::pods::Pod;
+use super::pods::{Pod, Watched};
 use super::slices::{EndpointKey, EndpointState};
 use super::timeline::{Instant, Removal, Source, TailEnds, Timeline};
 use crate::facts::{Backend, BackendStep, BootNs, Origin, Outcome, PodUid};
@@ -44,7 +44,8 @@ impl Assembler<'_> {
         let floor = floor(pod)?;
         let requested = deletion.map(|(at, deletion)| Instant {
             at,
-            uncertainty: Some(Duration::from_nanos(at.0.saturating_sub(deletion.not_before.0))),
+            // A bound after the sighting: the API server's clock is ahead, so it bounds nothing.
+            uncertainty: at.0.checked_sub(deletion.not_before.0).map(Duration::from_nanos),
             source: Source::PodWatch,
         });
         let removals = self.removals(uid, pod, floor, requested);
@@ -70,7 +71,9 @@ impl Assembler<'_> {
             removals: removals.into_iter().map(|(_, removal)| removal).collect(),
             sigterm: processes.sigterm.map(kernel),
             listener_closed: self.listener_closed(uid, pod, floor).map(kernel),
-            arrivals: requested.map(|at| self.tail_ends(uid, pod, at.at)).unwrap_or_default(),
+            arrivals: requested
+                .filter(|_| pod.owns_its_network())
+                .map(|requested| self.tail_ends(uid, pod, requested.at)),
             refused: refusals.count,
             first_refused: refusals.first.map(kernel),
             last_refused: refusals.last.map(kernel),
@@ -99,15 +102,20 @@ impl Assembler<'_> {
         let mut removals = Vec::new();
         for address in pod.addresses() {
             let next_owner = self.next_owner(uid, pod, address);
+            let exclusive = pod.has_address_since(address).is_some();
             for (backend, steps) in self.evidence.backends.get(&address).into_iter().flatten() {
-                let Fate::Backend(backend_removed) = fate(steps, floor, next_owner) else {
+                let keys: Vec<&EndpointKey> =
+                    pod.endpoints.keys().filter(|key| is_endpoint_of(backend, key)).collect();
+                // A node's address, which host-network pods share, or another node's pod's.
+                if keys.is_empty() && !exclusive {
+                    continue;
+                }
+                let gone = pod.gone_from(&keys);
+                let Fate::Backend(backend_removed) = fate(steps, floor, next_owner, gone) else {
                     continue;
                 };
-                let terminating = pod
-                    .endpoints
-                    .keys()
-                    .filter(|key| is_endpoint_of(backend, key))
-                    .filter_map(|key| endpoint_terminating(pod, key, floor, requested));
+                let terminating =
+                    keys.iter().filter_map(|key| endpoint_terminating(pod, key, floor, requested));
                 let removal = Removal {
                     service: backend.service.clone(),
                     endpoint_terminating: earliest(terminating),
@@ -160,23 +168,30 @@ impl Assembler<'_> {
     }
 
     /// The earliest of its Service ports that nothing listened on any more; of any port when no
-    /// Service port is known. A port is closed when its last step is a close.
+    /// Service port is known. A port is closed by its last close, unless a socket that opened
+    /// since the floor still listens: a server that restarts gracefully opens before it closes.
     fn listener_closed(&self, uid: &PodUid, pod: &Pod, floor: BootNs) -> Option<BootNs> {
-        let mut last_steps: BTreeMap<u16, (BootNs, bool)> = BTreeMap::new();
+        let mut ports: BTreeMap<u16, (BTreeSet<u64>, Option<BootNs>)> = BTreeMap::new();
         for (netns, listeners) in &self.evidence.listeners {
             if self.netns_owner(*netns) != Some(uid) {
                 continue;
             }
             for listener in listeners.iter().filter(|listener| listener.at >= floor) {
-                last_steps.insert(listener.port, (listener.at, listener.opened));
+                let (open, closed) = ports.entry(listener.port).or_default();
+                if listener.opened {
+                    open.insert(listener.socket);
+                } else {
+                    open.remove(&listener.socket);
+                    *closed = (*closed).max(Some(listener.at));
+                }
             }
         }
         let service_ports: BTreeSet<u16> = pod.endpoints.keys().map(|key| key.port).collect();
-        last_steps
+        ports
             .into_iter()
             .filter(|(port, _)| service_ports.is_empty() || service_ports.contains(port))
-            .filter(|(_, (_, opened))| !opened)
-            .map(|(_, (at, _))| at)
+            .filter(|(_, (open, _))| open.is_empty())
+            .filter_map(|(_, (_, closed))| closed)
             .min()
     }
 
@@ -213,15 +228,28 @@ impl Assembler<'_> {
         let (mut detailed, mut before, mut first, mut last) = (0, 0, None, None);
         for address in pod.addresses() {
             let span = (address, Netns::MIN)..=(address, Netns::MAX);
+            for ((_, netns), dropped) in self.evidence.dropped_refusals.range(span.clone()) {
+                if self.owner(address, *netns, floor) == Some(uid) {
+                    detailed += dropped;
+                    before += dropped;
+                }
+            }
             for ((_, netns), refusals) in self.evidence.refusals.range(span) {
+                let mut previous = None;
                 for ((at, _, _), suppressed) in refusals {
                     if self.owner(address, *netns, *at) != Some(uid) {
                         continue;
                     }
-                    let weight = 1 + u64::from(*suppressed);
-                    detailed += weight;
+                    let suppressed = u64::from(*suppressed);
+                    detailed += 1 + suppressed;
+                    // A budget lasts a second: what it withheld happened right after the detail
+                    // that spent it, however much later the next one tells.
+                    if previous.is_none_or(|previous| previous < floor) {
+                        before += suppressed;
+                    }
+                    previous = Some(*at);
                     if *at < floor {
-                        before += weight;
+                        before += 1;
                     } else {
                         first = Some(first.map_or(*at, |first: BootNs| first.min(*at)));
                         last = last.max(Some(*at));
@@ -275,6 +303,11 @@ impl Assembler<'_> {
         if timeline.deletion.is_some_and(|deletion| deletion.grace.is_zero()) {
             reasons.push("deleted with a grace period of 0".to_owned());
         }
+        if let Some(Watched { ended: Some(ended), deletion: Some((deleted, _)), .. }) = pod.watched
+            && ended < deleted
+        {
+            reasons.push("it had ended before it was deleted".to_owned());
+        }
         match &pod.watched {
             Some(watched) if watched.first_seen_deleted => {
                 reasons.push("already terminating when first seen".to_owned());
@@ -321,7 +354,7 @@ struct Processes {
 
 /// The earliest moment at which a fact can belong to this termination; `None` when there is no
 /// termination.
-fn floor(pod: &Pod) -> Option<BootNs> {
+pub(super) fn floor(pod: &Pod) -> Option<BootNs> {
     let deletion = pod.watched.as_ref().and_then(|watched| watched.deletion);
     if let Some((at, deletion)) = deletion {
         return Some(deletion.not_before.min(at.minus(EARLIEST)));
@@ -338,8 +371,18 @@ enum Fate {
     Backend(Option<Instant>),
 }
 
-/// Follows one backend's steps from the floor on, up to the next owner of its address.
-fn fate(steps: &BackendSteps, floor: BootNs, next_owner: Option<BootNs>) -> Fate {
+/// Follows one backend's steps from the floor on, up to the next owner of its address: as the pod
+/// watch shows it, or (another node's pod) whoever is added after the endpoint is `gone`.
+fn fate(
+    steps: &BackendSteps,
+    floor: BootNs,
+    next_owner: Option<BootNs>,
+    gone: Option<BootNs>,
+) -> Fate {
+    // A pod that ended keeps naming an address that may be another's long before it is deleted.
+    if next_owner.is_some_and(|next| next <= floor) {
+        return Fate::NoBackend;
+    }
     let at_floor = steps.range(..floor).next_back().map(|(_, (step, _))| *step);
     let mut present = at_floor == Some(BackendStep::Added);
     let mut known = present;
@@ -350,7 +393,9 @@ fn fate(steps: &BackendSteps, floor: BootNs, next_owner: Option<BootNs>) -> Fate
         }
         match step {
             BackendStep::Added => {
-                if removed.is_some() && next_owner.is_some_and(|next| at.plus(REUSE_SKEW) >= next) {
+                let others = next_owner.is_some_and(|next| at.plus(REUSE_SKEW) >= next)
+                    || gone.is_some_and(|gone| *at >= gone);
+                if removed.is_some() && others {
                     break;
                 }
                 present = true;
@@ -393,9 +438,9 @@ fn endpoint_terminating(
 ) -> Option<Instant> {
     let steps = pod.endpoints.get(key)?;
     let (at, _) = steps.range((floor, EndpointState::NotReady)..).next()?;
-    let uncertainty = requested.map(|requested| {
-        let begin = requested.at.minus(requested.uncertainty.unwrap_or_default());
-        Duration::from_nanos(at.0.saturating_sub(begin.0))
+    let uncertainty = requested.and_then(|requested| {
+        let begin = requested.at.minus(requested.uncertainty?);
+        at.0.checked_sub(begin.0).map(Duration::from_nanos)
     });
     Some(Instant { at: *at, uncertainty, source: Source::SliceWatch })
 }

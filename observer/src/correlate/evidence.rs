@@ -81,6 +81,17 @@ pub(super) type Refusals = BTreeMap<(BootNs, SocketAddr, u16), u32>;
 /// What one backend did, with the uncertainty of each step.
 pub(super) type BackendSteps = BTreeMap<BootNs, (BackendStep, Duration)>;
 
+/// The terminations that are still open: their facts are kept however old they are.
+#[derive(Default)]
+pub(super) struct Open {
+    /// The pods.
+    pub(super) pods: BTreeSet<PodUid>,
+    /// Their addresses.
+    pub(super) addresses: BTreeSet<IpAddr>,
+    /// The earliest moment of any of them.
+    pub(super) since: Option<BootNs>,
+}
+
 /// All facts that no pod UID came with.
 #[derive(Default)]
 pub(super) struct Evidence {
@@ -93,6 +104,8 @@ pub(super) struct Evidence {
     pub(super) processes: BTreeMap<PodUid, BTreeSet<ProcessFact>>,
     /// Refusals reported in detail: when and to whom, with the like events suppressed before.
     pub(super) refusals: BTreeMap<(IpAddr, Netns), Refusals>,
+    /// How many refusals the dropped details stood for, where the kernel's count still has them.
+    pub(super) dropped_refusals: BTreeMap<(IpAddr, Netns), u64>,
     /// The kernel's counts, the latest reading of each.
     pub(super) counts: BTreeMap<CountKey, Count>,
     /// Steps of every backend of this node.
@@ -165,34 +178,67 @@ impl Evidence {
             .insert(change.at, (change.step, change.uncertainty));
     }
 
-    /// Drops what happened before `horizon`, but for each backend's latest step and for the
-    /// namespaces of `living` pods.
-    pub(super) fn forget_before(&mut self, horizon: BootNs, living: &Pods) {
-        self.blind.retain(|blind| blind.until >= horizon);
+    /// Drops what happened before `horizon` and belongs to no `open` termination, but for each
+    /// backend's latest step and for the namespaces of `living` pods.
+    pub(super) fn forget_before(&mut self, horizon: BootNs, living: &Pods, open: &Open) {
+        let blind_from = open.since.map_or(horizon, |since| since.min(horizon));
+        self.blind.retain(|blind| blind.until >= blind_from);
         self.netns_to_pods.retain(|_, pods| {
             pods.retain(|pod, latest| *latest >= horizon || living.contains_key(pod));
             !pods.is_empty()
         });
-        self.listeners.retain(|_, steps| {
-            steps.retain(|listener| listener.at >= horizon);
+        let netns_to_pods = &self.netns_to_pods;
+        self.listeners.retain(|netns, steps| {
+            let mut pods = netns_to_pods.get(netns).into_iter().flat_map(BTreeMap::keys);
+            if !pods.any(|pod| open.pods.contains(pod)) {
+                steps.retain(|listener| listener.at >= horizon);
+            }
             !steps.is_empty()
         });
-        self.processes.retain(|_, facts| {
-            facts.retain(|fact| fact.at >= horizon);
+        self.processes.retain(|pod, facts| {
+            if !open.pods.contains(pod) {
+                facts.retain(|fact| fact.at >= horizon);
+            }
             !facts.is_empty()
         });
-        self.refusals.retain(|_, refusals| {
-            refusals.retain(|(at, _, _), _| *at >= horizon);
-            !refusals.is_empty()
-        });
-        self.backends.retain(|_, backends| {
-            backends.retain(|_, steps| {
-                let Some((latest, (step, _))) = steps.last_key_value() else { return false };
-                let (latest, step) = (*latest, *step);
-                steps.retain(|at, _| *at >= horizon || *at == latest);
-                step == BackendStep::Added || latest >= horizon
-            });
+        self.forget_refusals(horizon, open);
+        self.backends.retain(|address, backends| {
+            if !open.addresses.contains(address) {
+                backends.retain(|_, steps| keep_since(steps, horizon));
+            }
             !backends.is_empty()
         });
     }
+
+    /// A count goes on when the details that say when it rose are dropped: what they stood for is
+    /// remembered, or a later termination would be blamed for it.
+    fn forget_refusals(&mut self, horizon: BootNs, open: &Open) {
+        let counted: BTreeSet<(IpAddr, Netns)> =
+            self.counts.keys().map(|key| (key.address, key.netns)).collect();
+        self.dropped_refusals.retain(|place, _| counted.contains(place));
+        for (place, refusals) in &mut self.refusals {
+            if open.addresses.contains(&place.0) {
+                continue;
+            }
+            let mut dropped = 0;
+            refusals.retain(|(at, _, _), suppressed| {
+                let kept = *at >= horizon;
+                dropped += if kept { 0 } else { 1 + u64::from(*suppressed) };
+                kept
+            });
+            if dropped > 0 && counted.contains(place) {
+                *self.dropped_refusals.entry(*place).or_default() += dropped;
+            }
+        }
+        self.refusals.retain(|_, refusals| !refusals.is_empty());
+    }
+}
+
+/// Drops what a backend did before `horizon` but for its latest step; whether anything of use is
+/// left: a backend that was removed before it is not.
+fn keep_since(steps: &mut BackendSteps, horizon: BootNs) -> bool {
+    let Some((latest, (step, _))) = steps.last_key_value() else { return false };
+    let (latest, step) = (*latest, *step);
+    steps.retain(|at, _| *at >= horizon || *at == latest);
+    step == BackendStep::Added || latest >= horizon
 }

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::assemble::{Assembler, Pods};
-use self::evidence::Evidence;
+use self::evidence::{Evidence, Open};
 use self::slices::Slices;
 pub use self::slices::{EndpointKey, EndpointState, EndpointStep};
 pub use self::timeline::{Instant, Removal, Source, TailEnds, Timeline};
@@ -34,7 +34,8 @@ const SETTLE: Duration = Duration::from_secs(3);
 /// A termination that does not end this long after its grace period is closed as it is.
 const MAX_OPEN: Duration = Duration::from_mins(10);
 
-/// Facts are kept this long: rules may change well before or after our watches tell why.
+/// Facts are kept this long, and those of an open termination until it closes: rules may change
+/// well before or after our watches tell why.
 const RETENTION: Duration = Duration::from_mins(10);
 
 /// Closed timelines kept for the API; at a kibibyte or two each, some megabytes.
@@ -52,8 +53,9 @@ pub struct Correlator {
     closed: VecDeque<Timeline>,
     /// Refusals of pods whose facts were dropped.
     retired_refusals: BTreeMap<WorkloadKey, u64>,
-    /// Network namespaces of pods whose facts were dropped. Cookies are never reused.
-    retired_netns: BTreeSet<u64>,
+    /// Network namespaces of pods whose facts were dropped, and when. Cookies are never reused;
+    /// the kernel's counts of them are deleted (`is_retired`) long before these are.
+    retired_netns: BTreeMap<u64, BootNs>,
 }
 
 impl Correlator {
@@ -67,7 +69,7 @@ impl Correlator {
             evidence: Evidence::default(),
             closed: VecDeque::new(),
             retired_refusals: BTreeMap::new(),
-            retired_netns: BTreeSet::new(),
+            retired_netns: BTreeMap::new(),
         }
     }
 
@@ -104,7 +106,7 @@ impl Correlator {
 
     /// Takes a reading of one of the kernel's counts.
     pub fn record_arrivals(&mut self, arrivals: &Arrivals) {
-        if !self.retired_netns.contains(&arrivals.netns_cookie) {
+        if !self.retired_netns.contains_key(&arrivals.netns_cookie) {
             self.evidence.record_arrivals(arrivals);
         }
     }
@@ -127,7 +129,9 @@ impl Correlator {
         for mut timeline in self.open() {
             let pod = &self.pods[&timeline.uid];
             let begun = timeline.first_instant().unwrap_or(now);
-            let overdue = begun.plus(timeline.grace_period.unwrap_or_default()).plus(MAX_OPEN);
+            // `kubectl delete --grace-period` may ask for more than the pod's own.
+            let grace = timeline.grace_period.max(timeline.deletion.map(|asked| asked.grace));
+            let overdue = begun.plus(grace.unwrap_or_default()).plus(MAX_OPEN);
             let complete = is_complete(pod, &timeline);
             let last = timeline.last_instant().unwrap_or(begun);
             if complete && now >= last.plus(SETTLE) {
@@ -144,7 +148,7 @@ impl Correlator {
             self.closed.push_back(timeline.clone());
         }
         self.closed.drain(..self.closed.len().saturating_sub(MAX_CLOSED));
-        self.forget(now.minus(RETENTION));
+        self.forget(now);
         ended
     }
 
@@ -198,7 +202,9 @@ impl Correlator {
         Assembler { node: &self.node, pods: &self.pods, evidence: &self.evidence }
     }
 
-    fn forget(&mut self, horizon: BootNs) {
+    fn forget(&mut self, now: BootNs) {
+        let horizon = now.minus(RETENTION);
+        self.retired_netns.retain(|_, retired| *retired >= horizon);
         let stale: BTreeSet<PodUid> = self
             .pods
             .iter()
@@ -206,13 +212,26 @@ impl Correlator {
             .map(|(uid, _)| uid.clone())
             .collect();
         if !stale.is_empty() {
-            self.retire(&stale);
+            self.retire(&stale, now);
         }
-        self.evidence.forget_before(horizon, &self.pods);
+        let open = self.open_terminations();
+        self.evidence.forget_before(horizon, &self.pods, &open);
+    }
+
+    fn open_terminations(&self) -> Open {
+        let mut open = Open::default();
+        for (uid, pod) in self.pods.iter().filter(|(_, pod)| !pod.closed) {
+            if let Some(floor) = assemble::floor(pod) {
+                open.pods.insert(uid.clone());
+                open.addresses.extend(pod.addresses());
+                open.since = Some(open.since.map_or(floor, |since| since.min(floor)));
+            }
+        }
+        open
     }
 
     /// Drops pods, and moves their refusals to the totals.
-    fn retire(&mut self, stale: &BTreeSet<PodUid>) {
+    fn retire(&mut self, stale: &BTreeSet<PodUid>, now: BootNs) {
         for (uid, count) in self.refused_by_pod() {
             if stale.contains(&uid)
                 && let Some(key) = self.workload(&uid)
@@ -229,7 +248,7 @@ impl Correlator {
                     .is_some_and(|uid| !stale.contains(uid))
             });
         self.evidence.counts = kept;
-        self.retired_netns.extend(dropped.keys().map(|key| key.netns));
+        self.retired_netns.extend(dropped.keys().map(|key| (key.netns, now)));
         self.pods.retain(|uid, _| !stale.contains(uid));
     }
 
@@ -237,7 +256,7 @@ impl Correlator {
     #[must_use]
     pub fn is_retired(&self, arrivals: &Arrivals) -> bool {
         let Arrivals { address, netns_cookie, last, .. } = arrivals;
-        self.retired_netns.contains(netns_cookie)
+        self.retired_netns.contains_key(netns_cookie)
             || self.assembler().owner(*address, *netns_cookie, *last).is_none()
     }
 }

@@ -43,6 +43,8 @@ pub(super) struct Watched {
     pub(super) addresses: BTreeMap<IpAddr, BootNs>,
     /// The earliest observation of its deletion.
     pub(super) deletion: Option<(BootNs, Deletion)>,
+    /// The earliest observation of its end (`status.phase`).
+    pub(super) ended: Option<BootNs>,
     /// `lifecycle.preStop.sleep`
     pub(super) pre_stop_sleep: Option<Duration>,
     /// `spec.terminationGracePeriodSeconds`
@@ -59,6 +61,7 @@ impl Pod {
             workload: observed.workload,
             addresses: BTreeMap::new(),
             deletion: None,
+            ended: None,
             pre_stop_sleep: observed.pre_stop_sleep,
             grace_period: observed.grace_period,
         });
@@ -69,6 +72,10 @@ impl Pod {
         for address in observed.addresses {
             let since = watched.addresses.entry(address).or_insert(observed.at);
             *since = observed.at.min(*since);
+        }
+        if observed.ended {
+            let earlier = watched.ended.unwrap_or(observed.at);
+            watched.ended = Some(observed.at.min(earlier));
         }
         // The last change before the removal rewrites the timestamp with a grace of 0
         // (Kubernetes 1.36, seen in recordings): the earliest one is the request's.
@@ -109,6 +116,15 @@ impl Pod {
         self.endpoints
             .values()
             .all(|steps| steps.last().is_some_and(|step| step.1 == EndpointState::Gone))
+    }
+
+    /// Since when none of these endpoints is listed; `None` while one is, or when there are none.
+    pub(super) fn gone_from(&self, keys: &[&EndpointKey]) -> Option<BootNs> {
+        let gone = |key: &&EndpointKey| match self.endpoints.get(*key)?.last()? {
+            (at, EndpointState::Gone) => Some(*at),
+            _ => None,
+        };
+        keys.iter().map(gone).collect::<Option<Vec<_>>>()?.into_iter().max()
     }
 
     /// Every step of every endpoint.

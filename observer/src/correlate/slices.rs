@@ -4,7 +4,7 @@
 //! the steps it yields may then reach the correlator in any order. Only steps away from "ready"
 //! are yielded: nothing else can be part of a termination.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -91,17 +91,34 @@ impl Slices {
                 steps.extend(self.step(at, endpoint, state, first_sight));
             }
         }
-        let present: std::collections::HashSet<EndpointId<'_>> =
-            endpoints.iter().filter_map(id).collect();
+        let present: HashSet<EndpointId<'_>> = endpoints.iter().filter_map(id).collect();
         for endpoint in &before {
             if id(endpoint).is_some_and(|id| !present.contains(&id)) {
                 steps.extend(self.step(at, endpoint, EndpointState::Gone, first_sight));
             }
         }
+        let ready = before.iter().filter(|endpoint| endpoint.conditions.ready);
+        let lost = ready.map(ready_key).filter(|key| !self.ready.contains_key(key)).collect();
         if !endpoints.is_empty() {
             self.slices.insert(slice, endpoints);
         }
+        let left_alone = self.left_alone(at, &lost);
+        steps.extend(left_alone.filter(|step| !steps.contains(step)).collect::<Vec<_>>());
         steps
+    }
+
+    /// Endpoints of these Service ports that go on serving while they terminate, now that no
+    /// endpoint is ready: rules keep them, or take them back (KEP-1669).
+    fn left_alone<'s>(
+        &'s self,
+        at: BootNs,
+        ports: &'s HashSet<ReadyKey>,
+    ) -> impl Iterator<Item = EndpointStep> + 's {
+        let endpoints = self.slices.values().filter(|_| !ports.is_empty()).flatten();
+        endpoints
+            .filter(|endpoint| endpoint.conditions.terminating && endpoint.conditions.serving)
+            .filter(|endpoint| ports.contains(&ready_key(endpoint)))
+            .filter_map(move |endpoint| self.step(at, endpoint, EndpointState::Terminating, false))
     }
 
     fn step(

@@ -85,7 +85,6 @@ impl Teller {
             deletion,
             pre_stop_sleep: None,
             grace_period: Duration::from_secs(30),
-            ready: true,
             ended: false,
         }))
     }
@@ -266,6 +265,33 @@ fn a_pod_in_no_rule_has_no_gap_but_a_tail() {
 }
 
 #[test]
+fn a_pod_without_an_address_of_its_own_has_no_tail() {
+    let host_network = |fact| match fact {
+        Fact::Cluster(ClusterFact::Pod(pod)) => {
+            Fact::Cluster(ClusterFact::Pod(PodObserved { addresses: vec![], ..pod }))
+        }
+        fact => fact,
+    };
+    let timeline = timeline(&correlate(TELLER.story().into_iter().map(host_network)), POD);
+    assert!(timeline.home);
+    assert_eq!(timeline.arrival_tail_seconds(), None, "nothing is counted at a node's address");
+    assert_seconds(timeline.needed_seconds(), 1.3);
+}
+
+#[test]
+fn an_api_server_whose_clock_is_ahead_bounds_nothing() {
+    let ahead = Deletion { not_before: at(11_000), grace: Duration::from_secs(30) };
+    let facts = [
+        TELLER.seen(1_000),
+        TELLER.observed(10_200, Some(ahead)),
+        TELLER.endpoint(10_210, EndpointState::Terminating, false),
+    ];
+    let timeline = timeline(&correlate(facts), POD);
+    assert_eq!(timeline.deletion_requested.expect("a deletion").uncertainty, None);
+    assert_eq!(timeline.endpoint_terminating.expect("an endpoint").uncertainty, None);
+}
+
+#[test]
 fn a_reused_address_blames_nobody_else() {
     let reuser = Teller { pod: REUSER, address: 7, netns: 71 };
     let mut facts = TELLER.story();
@@ -302,12 +328,117 @@ fn an_address_taken_over_while_still_in_the_rules_gives_no_gap() {
 }
 
 #[test]
+fn an_ended_pod_whose_address_went_to_another_has_no_backend() {
+    let reuser = Teller { pod: REUSER, address: 7, netns: 71 };
+    let mut correlator = correlate([
+        TELLER.seen(1_000),
+        reuser.seen(50_000),
+        reuser.backend(50_100, BackendStep::Added),
+        TELLER.deleted(100_200),
+        TELLER.removed(100_300),
+    ]);
+    assert_eq!(timeline(&correlator, POD).removals, []);
+    assert_eq!(correlator.advance(at(104_000)).len(), 1, "nothing more is expected");
+}
+
+/// As a pod of another node, or one that shares its node's address.
+fn elsewhere(fact: Fact) -> Fact {
+    match fact {
+        Fact::Endpoint(step) => {
+            Fact::Endpoint(EndpointStep { node: Some("node-2".into()), ..step })
+        }
+        fact => fact,
+    }
+}
+
+#[test]
+fn a_backend_of_another_pod_at_a_shared_address_is_not_waited_for() {
+    let mut facts = vec![
+        TELLER.backend(500, BackendStep::Added),
+        elsewhere(TELLER.endpoint(10_210, EndpointState::Terminating, false)),
+        TELLER.backend(10_400, BackendStep::Removed),
+        elsewhere(TELLER.endpoint(12_000, EndpointState::Gone, false)),
+    ];
+    let Fact::Backend(mut exporter) =
+        TELLER.backend_of("kube-system/exporter:metrics", 500, BackendStep::Added)
+    else {
+        panic!("a backend")
+    };
+    exporter.backend.port = 9_100;
+    facts.push(Fact::Backend(exporter));
+    let mut correlator = correlate(facts);
+    let removed = timeline(&correlator, POD).backend_removed.map(|removed| removed.at);
+    assert_eq!(removed, Some(at(10_400)));
+    assert_eq!(correlator.advance(at(16_000)).len(), 1);
+}
+
+#[test]
+fn a_reused_address_on_another_node_does_not_undo_the_removal() {
+    let correlator = correlate([
+        TELLER.backend(500, BackendStep::Added),
+        elsewhere(TELLER.endpoint(10_210, EndpointState::Terminating, false)),
+        TELLER.backend(10_400, BackendStep::Removed),
+        elsewhere(TELLER.endpoint(12_000, EndpointState::Gone, false)),
+        TELLER.backend(13_000, BackendStep::Added),
+    ]);
+    let removed = timeline(&correlator, POD).backend_removed.map(|removed| removed.at);
+    assert_eq!(removed, Some(at(10_400)));
+}
+
+#[test]
 fn refusals_before_the_deletion_are_not_counted_to_it() {
     let mut facts = TELLER.story();
     // Not listening yet: two refusals at the start of its life, one of them not reported.
     facts.push(TELLER.kernel(1_050, Happening::Refused));
     facts.push(TELLER.arrivals(Outcome::Refused, 6, 11_400));
     assert_eq!(timeline(&correlate(facts), POD).refused, 5);
+}
+
+#[test]
+fn refusals_whose_details_were_dropped_are_not_counted_to_a_later_deletion() {
+    let mut correlator = correlate([
+        TELLER.seen(1_000),
+        TELLER.kernel(1_050, Happening::Refused),
+        TELLER.kernel(1_100, Happening::ListenerOpened),
+        TELLER.arrivals(Outcome::Refused, 1, 1_050),
+    ]);
+    correlator.advance(at(1_000_000));
+    record(&mut correlator, TELLER.deleted(1_200_200));
+    record(&mut correlator, TELLER.kernel(1_200_400, Happening::Refused));
+    record(&mut correlator, TELLER.arrivals(Outcome::Refused, 2, 1_200_400));
+    assert_eq!(timeline(&correlator, POD).refused, 1);
+}
+
+#[test]
+fn refusals_suppressed_before_the_deletion_are_not_counted_to_it() {
+    let mut facts = TELLER.story();
+    // Of 98 at the start of its life one was told; the rest came with the next one told, at 10.4 s.
+    facts.push(TELLER.kernel(1_050, Happening::Refused));
+    facts.retain(|fact| !matches!(fact, Fact::Kernel(event) if event.at == at(10_400)));
+    let Fact::Kernel(next) = TELLER.kernel(10_400, Happening::Refused) else { panic!("an event") };
+    facts.push(Fact::Kernel(KernelEvent { suppressed: 97, ..next }));
+    facts.push(TELLER.arrivals(Outcome::Refused, 103, 11_400));
+    assert_eq!(timeline(&correlate(facts), POD).refused, 5);
+}
+
+#[test]
+fn a_termination_longer_than_facts_are_kept_loses_none_of_them() {
+    let asked = Deletion { not_before: at(10_000), grace: Duration::from_hours(1) };
+    let mut facts = TELLER.story();
+    facts.retain(|fact| !matches!(fact, Fact::Cluster(ClusterFact::PodRemoved { .. })));
+    facts.retain(
+        |fact| !matches!(fact, Fact::Cluster(ClusterFact::Pod(pod)) if pod.deletion.is_some()),
+    );
+    facts.push(TELLER.observed(10_200, Some(asked)));
+    let mut correlator = correlate(facts);
+    let blindness = Blindness { from: at(10_400), until: at(10_500), source: "pod watch" };
+    correlator.record_blindness(blindness);
+    let before = timeline(&correlator, POD);
+    assert_eq!(correlator.advance(at(3_000_000)), []);
+    assert_eq!(timeline(&correlator, POD), before);
+    assert_eq!(before.censored, ["pod watch may have missed something"]);
+    record(&mut correlator, TELLER.removed(3_010_000));
+    assert_eq!(correlator.advance(at(3_020_000)).len(), 1);
 }
 
 #[test]
@@ -321,6 +452,15 @@ fn other_ports_do_not_decide_the_head_start() {
 fn a_listener_that_reopens_has_not_closed() {
     let mut facts = TELLER.story();
     facts.push(TELLER.kernel_on(10_305, Happening::ListenerOpened, 8_080, 2));
+    assert_eq!(timeline(&correlate(facts.clone()), POD).head_start_seconds(), None);
+    facts.push(TELLER.kernel_on(10_900, Happening::ListenerClosed, 8_080, 2));
+    assert_seconds(timeline(&correlate(facts), POD).head_start_seconds(), 0.7);
+}
+
+#[test]
+fn a_listener_that_was_handed_over_has_not_closed() {
+    let mut facts = TELLER.story();
+    facts.push(TELLER.kernel_on(10_295, Happening::ListenerOpened, 8_080, 2));
     assert_eq!(timeline(&correlate(facts.clone()), POD).head_start_seconds(), None);
     facts.push(TELLER.kernel_on(10_900, Happening::ListenerClosed, 8_080, 2));
     assert_seconds(timeline(&correlate(facts), POD).head_start_seconds(), 0.7);
@@ -352,6 +492,15 @@ fn what_is_no_sample_says_why() {
     let facts = [TELLER.seen(1_000), TELLER.removed(10_000)];
     assert_eq!(timeline(&correlate(facts), POD).censored, ["removed before its deletion was seen"]);
 
+    let ended = match TELLER.seen(5_000) {
+        Fact::Cluster(ClusterFact::Pod(pod)) => {
+            Fact::Cluster(ClusterFact::Pod(PodObserved { ended: true, ..pod }))
+        }
+        fact => fact,
+    };
+    let facts = [TELLER.seen(1_000), ended, TELLER.deleted(10_200)];
+    assert_eq!(timeline(&correlate(facts), POD).censored, ["it had ended before it was deleted"]);
+
     let facts = [
         TELLER.seen(1_000),
         TELLER.deleted(10_200),
@@ -373,12 +522,6 @@ fn what_is_no_sample_says_why() {
 
 #[test]
 fn a_pod_of_another_node_has_its_removal_only() {
-    let elsewhere = |fact| match fact {
-        Fact::Endpoint(step) => {
-            Fact::Endpoint(EndpointStep { node: Some("node-2".into()), ..step })
-        }
-        fact => fact,
-    };
     let facts = [
         TELLER.backend(500, BackendStep::Added),
         elsewhere(TELLER.endpoint(10_210, EndpointState::Terminating, false)),
@@ -413,6 +556,24 @@ fn a_timeline_closes_once_when_nothing_more_is_expected() {
 }
 
 #[test]
+fn nothing_is_kept_of_a_pod_long_gone_but_its_timeline() {
+    let mut correlator = correlate(TELLER.story());
+    correlator.advance(at(16_000));
+    correlator.advance(at(700_000));
+    assert!(correlator.pods.is_empty() && correlator.evidence.counts.is_empty());
+    let Fact::Arrivals(late) = TELLER.arrivals(Outcome::Refused, 5, 11_400) else {
+        panic!("a count")
+    };
+    assert!(correlator.is_retired(&late), "the kernel may delete it");
+    correlator.advance(at(1_400_000));
+    let evidence = &correlator.evidence;
+    assert!(correlator.retired_netns.is_empty() && evidence.netns_to_pods.is_empty());
+    assert!(evidence.listeners.is_empty() && evidence.processes.is_empty());
+    assert!(evidence.refusals.is_empty() && evidence.dropped_refusals.is_empty());
+    assert!(evidence.backends.is_empty() && evidence.blind.is_empty());
+}
+
+#[test]
 fn a_backend_that_never_leaves_keeps_the_timeline_open_then_says_so() {
     let facts = TELLER.story().into_iter().filter(
         |fact| !matches!(fact, Fact::Backend(change) if change.step == BackendStep::Removed),
@@ -423,9 +584,8 @@ fn a_backend_that_never_leaves_keeps_the_timeline_open_then_says_so() {
     assert_eq!(closed[0].censored, ["it did not end in time"]);
 }
 
-#[test]
-fn slices_give_steps_away_from_ready_only() {
-    let endpoint = |last: u8, ready, terminating| Endpoint {
+fn listed(last: u8, ready: bool, terminating: bool) -> Endpoint {
+    Endpoint {
         service: ServicePort(Arc::from(SERVICE)),
         protocol: Protocol::Tcp,
         address: address(last),
@@ -437,27 +597,57 @@ fn slices_give_steps_away_from_ready_only() {
             name: "web-x".into(),
         }),
         node: Some("node-1".into()),
-    };
+    }
+}
+
+fn steps(slices: &mut Slices, ms: u64, endpoints: Vec<Endpoint>) -> Vec<(u8, EndpointState, bool)> {
+    let observed = SliceObserved { at: at(ms), slice: "shop/web-1".into(), endpoints };
+    let last = |address: IpAddr| if address == self::address(7) { 7 } else { 8 };
+    slices
+        .observe(observed)
+        .into_iter()
+        .map(|step| (last(step.endpoint.address), step.state, step.alone))
+        .collect()
+}
+
+#[test]
+fn slices_give_steps_away_from_ready_only() {
+    use EndpointState::{Gone, Terminating};
     let mut slices = Slices::default();
-    let mut observe = |ms, endpoints| {
-        let observed = SliceObserved { at: at(ms), slice: "shop/web-1".into(), endpoints };
-        slices
-            .observe(observed)
-            .into_iter()
-            .map(|step| (step.endpoint.address, step.state, step.alone))
-            .collect::<Vec<_>>()
+    let mut observe = |ms, endpoints| steps(&mut slices, ms, endpoints);
+    assert_eq!(observe(0, vec![listed(7, true, false), listed(8, true, false)]), []);
+    assert_eq!(
+        observe(1, vec![listed(7, false, true), listed(8, true, false)]),
+        [(7, Terminating, false)]
+    );
+    assert_eq!(observe(2, vec![listed(7, false, true), listed(8, true, false)]), []);
+    assert_eq!(observe(3, vec![listed(8, false, true)]), [(8, Terminating, true), (7, Gone, true)]);
+    assert_eq!(observe(4, vec![]), [(8, Gone, true)]);
+}
+
+#[test]
+fn a_terminating_endpoint_is_left_alone_when_the_last_ready_one_goes() {
+    use EndpointState::Terminating;
+    let drained = |endpoint: Endpoint| Endpoint {
+        conditions: Conditions { serving: false, ..endpoint.conditions },
+        ..endpoint
     };
-    assert_eq!(observe(0, vec![endpoint(7, true, false), endpoint(8, true, false)]), []);
-    assert_eq!(
-        observe(1, vec![endpoint(7, false, true), endpoint(8, true, false)]),
-        [(address(7), EndpointState::Terminating, false)]
-    );
-    assert_eq!(observe(2, vec![endpoint(7, false, true), endpoint(8, true, false)]), []);
-    assert_eq!(
-        observe(3, vec![endpoint(8, false, true)]),
-        [(address(8), EndpointState::Terminating, true), (address(7), EndpointState::Gone, true)]
-    );
-    assert_eq!(observe(4, vec![]), [(address(8), EndpointState::Gone, true)]);
+    let ready = vec![listed(7, true, false), listed(8, true, false)];
+    let first = vec![listed(7, false, true), listed(8, true, false)];
+    let mut slices = Slices::default();
+    steps(&mut slices, 0, ready.clone());
+    assert_eq!(steps(&mut slices, 1, first.clone()), [(7, Terminating, false)]);
+    let both = vec![listed(7, false, true), listed(8, false, true)];
+    let left = [(8, Terminating, true), (7, Terminating, true)];
+    assert_eq!(steps(&mut slices, 2, both.clone()), left);
+    assert_eq!(steps(&mut slices, 3, both), [], "told once");
+
+    // Rules send nothing to one that no longer serves, alone or not.
+    let mut slices = Slices::default();
+    steps(&mut slices, 0, ready);
+    steps(&mut slices, 1, first);
+    let both = vec![drained(listed(7, false, true)), listed(8, false, true)];
+    assert_eq!(steps(&mut slices, 2, both), [(8, Terminating, true)]);
 }
 
 /// Three terminations that overlap, two of them on one address, with jittered times.

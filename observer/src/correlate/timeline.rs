@@ -94,8 +94,9 @@ pub struct Timeline {
     pub sigterm: Option<Instant>,
     /// Nothing listens any more on one of its Service ports, the first for which this is so.
     pub listener_closed: Option<Instant>,
-    /// New connections after the deletion request.
-    pub arrivals: TailEnds,
+    /// New connections after the deletion request; `None` when they are not counted: a pod of
+    /// another node, or without an address of its own.
+    pub arrivals: Option<TailEnds>,
     /// Connections refused at the pod after the deletion request.
     pub refused: u64,
     /// The first of them.
@@ -127,12 +128,18 @@ impl Timeline {
         Some(removed.seconds_since(self.endpoint_terminating?.at).max(0.0))
     }
 
-    /// Arrival tail: last new connection attempt minus deletion request, in seconds; 0 when the
-    /// pod ran here and nothing arrived after the request.
+    /// Arrival tail: last new connection attempt minus deletion request, in seconds; 0 when
+    /// arrivals are counted and there was none after the request.
     #[must_use]
     pub fn arrival_tail_seconds(&self) -> Option<f64> {
-        let requested = self.deletion_requested.filter(|_| self.home)?;
-        Some(self.arrivals.last().map_or(0.0, |last| last.seconds_since(requested.at).max(0.0)))
+        let (requested, arrivals) = (self.deletion_requested?, self.arrivals?);
+        Some(arrivals.last().map_or(0.0, |last| last.seconds_since(requested.at).max(0.0)))
+    }
+
+    /// The last new connection attempt after the deletion request.
+    #[must_use]
+    pub fn last_arrival(&self) -> Option<BootNs> {
+        self.arrivals?.last()
     }
 
     /// Head start: listener closed minus deletion request, in seconds.
@@ -182,7 +189,7 @@ impl Timeline {
         ];
         let removals = self.removals.iter().map(|removal| removal.backend_removed);
         let instants = single.into_iter().chain(removals).flatten().map(|instant| instant.at);
-        instants.chain(self.arrivals.last())
+        instants.chain(self.last_arrival())
     }
 
     /// Drain: SIGTERM to the last process exit, in seconds.
