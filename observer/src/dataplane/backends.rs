@@ -6,7 +6,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use super::nft::TableId;
-use super::reach::Reached;
+use super::reach::{Changes, Reached, Way};
 use super::rules::Family;
 use crate::facts::{Backend, BackendStep};
 
@@ -30,41 +30,63 @@ impl Backends {
     /// Replaces what some origins reach, at one moment; gives what that changed of the whole, in
     /// the order of the backends.
     pub fn replace(&mut self, now: Vec<(Origin, Reached)>) -> Vec<(Backend, BackendStep)> {
-        let mut touched: BTreeSet<Backend> = BTreeSet::new();
         let nothing = BTreeSet::new();
+        let mut touched: BTreeSet<Backend> = BTreeSet::new();
         for (origin, reached) in &now {
             let before = self.origins.get(origin).map_or(&nothing, |before| &before.backends);
             touched.extend(before.symmetric_difference(&reached.backends).cloned());
         }
-        let touched: Vec<(Backend, bool)> = touched
-            .into_iter()
-            .map(|backend| {
-                let was = self.contains(&backend);
-                (backend, was)
-            })
-            .collect();
-        for (origin, reached) in now {
-            if reached == Reached::default() {
-                self.origins.remove(&origin);
-            } else {
-                self.origins.insert(origin, reached);
+        self.stepped(touched, |origins| {
+            for (origin, reached) in now {
+                put(origins, origin, reached);
             }
-        }
-        let mut changes = Vec::new();
-        for (backend, was) in touched {
+        })
+    }
+
+    /// Takes in what changed of what some origins reach, at one moment; gives what that changed of
+    /// the whole, in the order of the backends.
+    pub fn update(&mut self, changes: Vec<(Origin, Changes)>) -> Vec<(Backend, BackendStep)> {
+        let touched = changes.iter().flat_map(|(_, changes)| &changes.backends);
+        let touched = touched.map(|(backend, _)| backend.clone()).collect();
+        self.stepped(touched, |origins| {
+            for (origin, changes) in changes {
+                let mut reached = origins.remove(&origin).unwrap_or_default();
+                reached.unresolved = changes.unresolved;
+                for (backend, way) in changes.backends {
+                    match way {
+                        Way::Added => reached.backends.insert(backend),
+                        Way::Removed => reached.backends.remove(&backend),
+                    };
+                }
+                put(origins, origin, reached);
+            }
+        })
+    }
+
+    /// What `change` makes of the `touched` backends.
+    fn stepped(
+        &mut self,
+        touched: BTreeSet<Backend>,
+        change: impl FnOnce(&mut HashMap<Origin, Reached>),
+    ) -> Vec<(Backend, BackendStep)> {
+        let touched: Vec<(bool, Backend)> =
+            touched.into_iter().map(|backend| (self.contains(&backend), backend)).collect();
+        change(&mut self.origins);
+        let mut steps = Vec::new();
+        for (was, backend) in touched {
             match (was, self.contains(&backend)) {
                 (false, true) => {
                     self.count += 1;
-                    changes.push((backend, BackendStep::Added));
+                    steps.push((backend, BackendStep::Added));
                 }
                 (true, false) => {
                     self.count -= 1;
-                    changes.push((backend, BackendStep::Removed));
+                    steps.push((backend, BackendStep::Removed));
                 }
                 _ => {}
             }
         }
-        changes
+        steps
     }
 
     /// How many backends there are.
@@ -95,6 +117,14 @@ impl Backends {
             Origin::Nft(table) => Some(table),
             Origin::Legacy(_) => None,
         })
+    }
+}
+
+fn put(origins: &mut HashMap<Origin, Reached>, origin: Origin, reached: Reached) {
+    if reached == Reached::default() {
+        origins.remove(&origin);
+    } else {
+        origins.insert(origin, reached);
     }
 }
 
@@ -143,6 +173,23 @@ mod tests {
             backends.replace(vec![(LEGACY, reached(&[]))]),
             [(backend(1), BackendStep::Removed)]
         );
+    }
+
+    #[test]
+    fn an_update_is_the_same_as_a_replacement() {
+        let mut backends = Backends::default();
+        backends.replace(vec![(nft(), reached(&[1, 2])), (LEGACY, reached(&[2]))]);
+        let update = |backends| vec![(nft(), Changes { backends, unresolved: 0 })];
+        let steps = backends.update(update(vec![
+            (backend(1), Way::Removed),
+            (backend(2), Way::Removed),
+            (backend(3), Way::Added),
+        ]));
+        assert_eq!(steps, [(backend(1), BackendStep::Removed), (backend(3), BackendStep::Added)]);
+        assert_eq!(backends.count(), 2);
+        assert_eq!(backends.all(), BTreeSet::from([backend(2), backend(3)]));
+        assert_eq!(backends.update(update(vec![(backend(3), Way::Removed)])).len(), 1);
+        assert_eq!(backends.tables().count(), 0);
     }
 
     #[test]

@@ -16,12 +16,12 @@ use tracing::{debug, warn};
 use super::backends::{Backends, Origin};
 use super::legacy::Reader;
 use super::nft::follow::{Follow, Step};
-use super::nft::{Arrival, Dumper, Fault, Message, Subscription, TableId, read_datagram};
+use super::nft::{Arrival, Dumper, Fault, Message, Subscription, read_datagram};
 use super::reach::{self, Reached};
 use super::rules::Family;
 use super::{Counters, Dataplane, LegacySignal, Settings, Status, Update};
 use crate::clock;
-use crate::facts::{BackendChange, Blindness, BootNs};
+use crate::facts::{Backend, BackendChange, BackendStep, Blindness, BootNs};
 
 /// Pause before a dump is tried again because the rules changed meanwhile.
 const DUMP_PAUSE: Duration = Duration::from_millis(50);
@@ -123,8 +123,11 @@ impl Follower {
                 Step::Nothing => {}
                 Step::Commit(commit) => {
                     self.counters.commits.increase();
-                    let reached = self.nft_tables(&commit.tables);
-                    self.replace(reached, commit.at, commit.uncertainty).await;
+                    let changes =
+                        commit.tables.into_iter().map(|(table, now)| (Origin::Nft(table), now));
+                    let steps = self.backends.update(changes.collect());
+                    self.report(steps, commit.at, commit.uncertainty).await;
+                    self.report_status().await;
                 }
                 Step::Lost => {
                     self.counters.gaps.increase();
@@ -170,15 +173,9 @@ impl Follower {
     }
 
     fn all_nft(&self) -> Vec<(Origin, Reached)> {
-        self.nft_tables(self.nft.ruleset().tables().map(|(table, _)| table))
-    }
-
-    fn nft_tables<'t>(
-        &self,
-        tables: impl IntoIterator<Item = &'t TableId>,
-    ) -> Vec<(Origin, Reached)> {
-        let reached = |table: &TableId| self.nft.ruleset().reached(table);
-        tables.into_iter().map(|table| (Origin::Nft(table.clone()), reached(table))).collect()
+        let ruleset = self.nft.ruleset();
+        let tables = ruleset.tables().map(|(table, _)| table);
+        tables.map(|table| (Origin::Nft(table.clone()), ruleset.reached(table))).collect()
     }
 
     /// Reads the legacy tables that `signal` and those waiting behind it ask for.
@@ -289,10 +286,15 @@ impl Follower {
         at: BootNs,
         uncertainty: Duration,
     ) {
-        for (backend, step) in self.backends.replace(reached) {
+        let steps = self.backends.replace(reached);
+        self.report(steps, at, uncertainty).await;
+        self.report_status().await;
+    }
+
+    async fn report(&self, steps: Vec<(Backend, BackendStep)>, at: BootNs, uncertainty: Duration) {
+        for (backend, step) in steps {
             self.send(Update::Change(BackendChange { at, uncertainty, backend, step })).await;
         }
-        self.report_status().await;
     }
 
     async fn report_status(&mut self) {

@@ -1,15 +1,24 @@
-//! Which backends a table sends new connections to.
+//! Which backends a table sends new connections to, kept up to date edit by edit.
 //!
-//! Pure: a walk from the chains that new connections enter, along jumps, gotos and verdict maps.
-//! A chain that merely exists is not reached. Each chain is walked once, labelled by the first
-//! way in (chains of kube-proxy belong to one Service): a loop or a hostile table costs no more
-//! than its size. This is a full walk; it is where an incremental one would go.
+//! Pure. The table is a graph: chains lead to chains and maps, maps to chains or backends. A part
+//! of it counts while some way leads to it from the chains that new connections enter; a chain that
+//! merely exists does not. Every way in is counted, so an edit costs what it changes and not what
+//! the table holds. (A loop would keep itself counted; the kernel refuses rules that loop.)
+//!
+//! A part's label, the Service port and protocol of what passes, is its own name's, else the best
+//! of its ways in, so it does not depend on the order of edits.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
 
 use super::names;
-use super::rules::{Chain, Effect, Element, Name, PortSource, Rule, Table};
+use super::rules::{Effect, Element, Family, Name, PortSource, Rule, Table};
 use crate::facts::{Backend, Protocol, ServicePort};
+
+/// Edits travel at most this far: the kernel allows 16 nested jumps, each perhaps by a map. Beyond
+/// that, rules are looping and what they reach is left as it is.
+const MAX_ROUNDS: usize = 64;
 
 /// What a table sends new connections to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -20,22 +29,52 @@ pub struct Reached {
     pub unresolved: usize,
 }
 
-/// What is known of the connections that enter a chain.
-#[derive(Clone, Default)]
+/// What a commit changed of what one table reaches.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Backends that came or went.
+    pub backends: Vec<(Backend, Way)>,
+    /// Reachable destination NAT that cannot be told, now.
+    pub unresolved: usize,
+}
+
+/// One edit of a table, with what it added or removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Edit {
+    /// New connections enter this chain, or no longer do.
+    Entry(Name),
+    /// A rule of this chain.
+    Rule(Name, Rule),
+    /// An element of this map.
+    Element(Name, Element),
+}
+
+/// Whether an edit added or removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// It is there now.
+    Added,
+    /// It no longer is.
+    Removed,
+}
+
+impl Way {
+    fn sign(self) -> isize {
+        match self {
+            Self::Added => 1,
+            Self::Removed => -1,
+        }
+    }
+}
+
+/// What is known of the connections that enter a part.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Label {
     service: Option<ServicePort>,
     protocol: Option<Protocol>,
 }
 
 impl Label {
-    /// A chain's own name says more than the way in.
-    fn in_chain(self, chain: &str) -> Self {
-        match names::of_chain(chain) {
-            Some((service, protocol)) => Self { service: Some(service), protocol: Some(protocol) },
-            None => self,
-        }
-    }
-
     fn in_rule(&self, rule: &Rule) -> Self {
         Self {
             service: rule.service.clone().or_else(|| self.service.clone()),
@@ -44,90 +83,303 @@ impl Label {
     }
 }
 
+/// How a rule reads a map's data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Shape {
+    family: Family,
+    address_at: usize,
+    port: PortSource,
+}
+
+impl Shape {
+    fn target(self, data: &[u8]) -> Option<(IpAddr, u16)> {
+        let address = self.family.address(data.get(self.address_at..)?)?;
+        let port = match self.port {
+            PortSource::Fixed(port) => port,
+            PortSource::AtByte(at) => u16::from_be_bytes(*data.get(at..)?.first_chunk()?),
+        };
+        Some((address, port))
+    }
+}
+
+/// A part of a table that can be reached.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Part {
+    Chain(Name),
+    /// A map whose elements name chains.
+    Verdicts(Name),
+    /// A map whose elements hold destinations.
+    Targets(Name, Shape),
+}
+
+impl Part {
+    /// The label of what passes: a chain's own name says more than the ways in.
+    fn label(&self, ways_in: &BTreeMap<Label, isize>) -> Option<Label> {
+        let best = ways_in
+            .keys()
+            .min_by_key(|label| (label.service.is_none(), label.protocol.is_none()))?;
+        let Self::Chain(name) = self else { return Some(best.clone()) };
+        Some(match names::of_chain(name) {
+            Some((service, protocol)) => Label { service: Some(service), protocol: Some(protocol) },
+            None => best.clone(),
+        })
+    }
+}
+
+/// How a part is reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct State {
+    ways_in: BTreeMap<Label, isize>,
+    /// The label that its contents are counted under; `None` while they are not.
+    counted: Option<Label>,
+}
+
+/// Changes of ways in that their parts have not taken in yet.
+type Pending = HashMap<Part, BTreeMap<Label, isize>>;
+
+/// What one table reaches. Follows a [`Table`] that its caller keeps.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    parts: HashMap<Part, State>,
+    /// The shapes that reached rules read each map by.
+    shapes: HashMap<Name, Vec<Shape>>,
+    backends: HashMap<Backend, isize>,
+    unresolved: isize,
+    /// Backends touched by the edits at hand, and whether they were there before.
+    touched: HashMap<Backend, bool>,
+}
+
 /// What `table` sends new connections to.
 #[must_use]
 pub fn walk(table: &Table) -> Reached {
-    let mut reached = Reached::default();
-    if table.dormant {
-        return reached;
-    }
-    let mut entries: Vec<&Name> =
-        table.chains.iter().filter(|(_, chain)| chain.entry).map(|(name, _)| name).collect();
-    entries.sort_unstable();
-    let mut seen: HashSet<&Name> = entries.iter().copied().collect();
-    let mut ahead: Vec<(&Name, Label)> =
-        entries.into_iter().map(|name| (name, Label::default())).collect();
-    while let Some((name, label)) = ahead.pop() {
-        let Some(chain) = table.chains.get(name) else { continue };
-        let label = label.in_chain(name);
-        let mut go = |target, label: Label| {
-            if seen.insert(target) {
-                ahead.push((target, label));
-            }
-        };
-        walk_chain(table, chain, &label, &mut reached, &mut go);
-    }
-    reached
+    Reach::of(table).reached()
 }
 
-fn walk_chain<'t>(
-    table: &'t Table,
-    chain: &'t Chain,
-    label: &Label,
-    reached: &mut Reached,
-    go: &mut impl FnMut(&'t Name, Label),
-) {
-    for rule in chain.rules.values() {
+impl Reach {
+    /// Of a whole table.
+    #[must_use]
+    pub fn of(table: &Table) -> Self {
+        let mut reach = Self::default();
+        let entries = table.chains.iter().filter(|(_, chain)| chain.entry && !table.dormant);
+        let entries = entries.map(|(name, _)| (Edit::Entry(name.clone()), Way::Added)).collect();
+        reach.follow(table, entries);
+        reach
+    }
+
+    /// What it reaches now.
+    #[must_use]
+    pub fn reached(&self) -> Reached {
+        Reached { backends: self.backends.keys().cloned().collect(), unresolved: self.unresolved() }
+    }
+
+    fn unresolved(&self) -> usize {
+        usize::try_from(self.unresolved).unwrap_or_default()
+    }
+
+    /// Takes in edits that `table` already shows; gives what all of them together
+    /// changed.
+    pub fn follow(&mut self, table: &Table, edits: Vec<(Edit, Way)>) -> Changes {
+        let mut pending = Pending::new();
+        for (edit, way) in edits {
+            self.edit(&edit, way.sign(), &mut pending);
+        }
+        for _ in 0..MAX_ROUNDS {
+            if pending.is_empty() {
+                break;
+            }
+            for (part, changes) in std::mem::take(&mut pending) {
+                self.settle(table, &part, changes, &mut pending);
+            }
+        }
+        let backends = &self.backends;
+        let mut changed: Vec<(Backend, Way)> = self
+            .touched
+            .drain()
+            .filter_map(|(backend, before)| match (before, backends.contains_key(&backend)) {
+                (false, true) => Some((backend, Way::Added)),
+                (true, false) => Some((backend, Way::Removed)),
+                _ => None,
+            })
+            .collect();
+        changed.sort_by(|one, other| one.0.cmp(&other.0));
+        Changes { backends: changed, unresolved: self.unresolved() }
+    }
+
+    /// Counts what an edit itself adds or removes, where its part is reached.
+    fn edit(&mut self, edit: &Edit, sign: isize, pending: &mut Pending) {
+        match edit {
+            Edit::Entry(chain) => {
+                link(pending, Part::Chain(chain.clone()), Label::default(), sign);
+            }
+            Edit::Rule(chain, rule) => {
+                if let Some(label) = self.counted(&Part::Chain(chain.clone())) {
+                    self.count_rule(rule, &label, sign, pending);
+                }
+            }
+            Edit::Element(map, element) => {
+                let shapes = self.shapes.get(map).cloned().unwrap_or_default();
+                let targets = shapes.into_iter().map(|shape| Part::Targets(map.clone(), shape));
+                for part in targets.chain([Part::Verdicts(map.clone())]) {
+                    if let Some(label) = self.counted(&part) {
+                        self.count_element(&part, element, &label, sign, pending);
+                    }
+                }
+            }
+        }
+    }
+
+    fn counted(&self, part: &Part) -> Option<Label> {
+        self.parts.get(part)?.counted.clone()
+    }
+
+    /// Takes in the changes of a part's ways in; where that changes its label, counts its contents
+    /// anew.
+    fn settle(
+        &mut self,
+        table: &Table,
+        part: &Part,
+        changes: BTreeMap<Label, isize>,
+        pending: &mut Pending,
+    ) {
+        let state = self.parts.entry(part.clone()).or_default();
+        for (label, change) in changes {
+            let count = state.ways_in.entry(label).or_default();
+            *count += change;
+        }
+        state.ways_in.retain(|_, count| *count != 0);
+        let label = part.label(&state.ways_in);
+        let before = std::mem::replace(&mut state.counted, label.clone());
+        if label.is_none() {
+            self.parts.remove(part);
+        }
+        if label == before {
+            return;
+        }
+        if let Part::Targets(map, shape) = part {
+            self.note_shape(map, *shape, label.is_some());
+        }
+        if let Some(before) = before {
+            self.count_contents(table, part, &before, -1, pending);
+        }
+        if let Some(label) = label {
+            self.count_contents(table, part, &label, 1, pending);
+        }
+    }
+
+    fn note_shape(&mut self, map: &Name, shape: Shape, used: bool) {
+        let shapes = self.shapes.entry(map.clone()).or_default();
+        shapes.retain(|known| *known != shape);
+        if used {
+            shapes.push(shape);
+        } else if shapes.is_empty() {
+            self.shapes.remove(map);
+        }
+    }
+
+    fn count_contents(
+        &mut self,
+        table: &Table,
+        part: &Part,
+        label: &Label,
+        sign: isize,
+        pending: &mut Pending,
+    ) {
+        match part {
+            Part::Chain(name) => {
+                for rule in table.chains.get(name).iter().flat_map(|chain| chain.rules.values()) {
+                    self.count_rule(rule, label, sign, pending);
+                }
+            }
+            Part::Verdicts(name) | Part::Targets(name, _) => {
+                for element in table.maps.get(name).iter().flat_map(|map| map.elements.values()) {
+                    self.count_element(part, element, label, sign, pending);
+                }
+            }
+        }
+    }
+
+    fn count_rule(&mut self, rule: &Rule, label: &Label, sign: isize, pending: &mut Pending) {
         let label = label.in_rule(rule);
         for effect in &rule.effects {
             match effect {
-                Effect::Go(target) => go(target, label.clone()),
+                Effect::Go(chain) => link(pending, Part::Chain(chain.clone()), label.clone(), sign),
                 Effect::GoByMap(map) => {
-                    for element in table.maps.get(map).iter().flat_map(|map| map.elements.values())
-                    {
-                        if let Element::Go(target) = element {
-                            go(target, label.clone());
-                        }
-                    }
+                    link(pending, Part::Verdicts(map.clone()), label.clone(), sign);
                 }
-                Effect::Send(address, port) => reached.add(&label, Some((*address, *port))),
+                Effect::Send(address, port) => {
+                    self.count_backend(&label, Some((*address, *port)), sign);
+                }
                 Effect::SendByMap { map, family, address_at, port } => {
-                    for element in table.maps.get(map).iter().flat_map(|map| map.elements.values())
-                    {
-                        let Element::Data(data) = element else { continue };
-                        let address = data.get(*address_at..).and_then(|at| family.address(at));
-                        let port = match port {
-                            PortSource::Fixed(port) => Some(*port),
-                            PortSource::AtByte(at) => data
-                                .get(*at..)
-                                .and_then(|at| at.first_chunk())
-                                .map(|&port| u16::from_be_bytes(port)),
-                        };
-                        reached.add(&label, address.zip(port));
-                    }
+                    let shape = Shape { family: *family, address_at: *address_at, port: *port };
+                    link(pending, Part::Targets(map.clone(), shape), label.clone(), sign);
                 }
-                Effect::SendUnknown => reached.unresolved += 1,
+                Effect::SendUnknown => self.unresolved += sign,
+            }
+        }
+    }
+
+    fn count_element(
+        &mut self,
+        part: &Part,
+        element: &Element,
+        label: &Label,
+        sign: isize,
+        pending: &mut Pending,
+    ) {
+        match (part, element) {
+            (Part::Verdicts(_), Element::Go(chain)) => {
+                link(pending, Part::Chain(chain.clone()), label.clone(), sign);
+            }
+            (Part::Targets(_, shape), Element::Data(data)) => {
+                self.count_backend(label, shape.target(data), sign);
+            }
+            _ => {}
+        }
+    }
+
+    fn count_backend(&mut self, label: &Label, target: Option<(IpAddr, u16)>, sign: isize) {
+        let (Some((address, port)), Some(protocol)) = (target, label.protocol) else {
+            self.unresolved += sign;
+            return;
+        };
+        let backend = Backend { service: label.service.clone(), protocol, address, port };
+        if !self.touched.contains_key(&backend) {
+            self.touched.insert(backend.clone(), self.backends.contains_key(&backend));
+        }
+        match self.backends.entry(backend) {
+            Entry::Occupied(mut count) => {
+                *count.get_mut() += sign;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
+            Entry::Vacant(count) => {
+                count.insert(sign);
             }
         }
     }
 }
 
-impl Reached {
-    fn add(&mut self, label: &Label, target: Option<(std::net::IpAddr, u16)>) {
-        if let (Some((address, port)), Some(protocol)) = (target, label.protocol) {
-            let service = label.service.clone();
-            self.backends.insert(Backend { service, protocol, address, port });
-        } else {
-            self.unresolved += 1;
+/// Notes one way more or less into a part; what cancels out leaves no trace.
+fn link(pending: &mut Pending, part: Part, label: Label, sign: isize) {
+    match pending.entry(part) {
+        Entry::Occupied(mut changes) => {
+            let count = changes.get_mut().entry(label).or_default();
+            *count += sign;
+            changes.get_mut().retain(|_, count| *count != 0);
+            if changes.get().is_empty() {
+                changes.remove();
+            }
+        }
+        Entry::Vacant(changes) => {
+            changes.insert(BTreeMap::from([(label, sign)]));
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
-
-    use super::super::rules::{Family, Map};
+    use super::super::rules::{Chain, Map};
     use super::*;
 
     fn rule(effects: Vec<Effect>) -> Rule {

@@ -44,7 +44,7 @@ impl Family {
 }
 
 /// Where the port of a destination comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PortSource {
     /// The rule itself.
     Fixed(u16),

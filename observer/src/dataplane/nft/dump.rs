@@ -71,7 +71,7 @@ impl Dumper {
     /// [`Fault`] says whether to try again.
     pub fn dump(mut self, counters: &Counters) -> Result<Follow, Fault> {
         let before = self.generation(counters)?;
-        let mut ruleset = Ruleset::default();
+        let mut messages: Vec<(TableId, Change)> = Vec::new();
         let mut maps: Vec<(TableId, Name)> = Vec::new();
         for kind in [kind::GET_TABLE, kind::GET_CHAIN, kind::GET_SET, kind::GET_RULE] {
             self.ask(kind, ALL, None, counters, |message| {
@@ -79,18 +79,22 @@ impl Dumper {
                 if let Change::NewMap { map, .. } = &change {
                     maps.push((table.clone(), map.clone()));
                 }
-                ruleset.apply(table, change).ok().ok_or(Fault::Changed)
+                messages.push((table, change));
+                Ok(())
             })?;
         }
         for map in &maps {
             self.ask(kind::GET_ELEMENTS, ALL, Some(map), counters, |message| {
-                let Message::In(table, change) = message else { return Ok(()) };
-                ruleset.apply(table, change).ok().ok_or(Fault::Changed)
+                if let Message::In(table, change) = message {
+                    messages.push((table, change));
+                }
+                Ok(())
             })?;
         }
         if self.generation(counters)? != before {
             return Err(Fault::Changed);
         }
+        let ruleset = Ruleset::from_messages(messages).ok().ok_or(Fault::Changed)?;
         Ok(Follow::from_dump(ruleset, before))
     }
 

@@ -5,12 +5,12 @@
 //! the model is always exactly one generation. Numbers rise by one per commit (0 is skipped), so
 //! one too far is a loss, and one that a dump already showed is passed over.
 
-use std::collections::HashSet;
 use std::mem;
 use std::time::Duration;
 
 use super::messages::{Change, Message, TableId};
 use super::ruleset::Ruleset;
+use crate::dataplane::reach::Changes;
 use crate::facts::BootNs;
 
 /// How long before its first message wakes us a commit may have taken effect, while the kernel
@@ -29,8 +29,8 @@ pub struct Commit {
     pub at: BootNs,
     /// It took effect within `[at - uncertainty, at]`.
     pub uncertainty: Duration,
-    /// The tables it changed; empty when it changed nothing that the model keeps.
-    pub tables: HashSet<TableId>,
+    /// What it changed of the tables it touched; empty when it touched nothing that the model keeps.
+    pub tables: Vec<(TableId, Changes)>,
 }
 
 /// What a message led to.
@@ -104,12 +104,7 @@ impl Follow {
         earliest: BootNs,
         last: BootNs,
     ) -> Step {
-        let tables = batch.iter().map(|(table, _)| table.clone()).collect();
-        for (table, change) in batch {
-            if self.ruleset.apply(table, change).is_err() {
-                return Step::Lost;
-            }
-        }
+        let Ok(tables) = self.ruleset.commit(batch) else { return Step::Lost };
         // The walk over the transaction that precedes the first message is about as long as the
         // one that sends them.
         let sending = Duration::from_nanos(last.0.saturating_sub(at.0));
