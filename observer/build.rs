@@ -30,7 +30,7 @@ fn main() {
 }
 
 fn build() -> Result<(), String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let root = PathBuf::from(variable("CARGO_MANIFEST_DIR")?).join("..");
     for source in ["observer-ebpf", "observer-common", "Cargo.lock", "Cargo.toml"] {
         println!("cargo::rerun-if-changed={}", root.join(source).display());
     }

@@ -50,12 +50,14 @@ pub mod signal {
 pub mod source {
     /// No configured range contains the address.
     pub const UNCLASSIFIED: u8 = 0;
-    /// A pod of this node, or the node itself.
+    /// A pod of this node.
     pub const SAME_NODE: u8 = 1;
     /// Inside the cluster's ranges.
     pub const CLUSTER: u8 = 2;
     /// Outside the cluster's ranges: a load balancer, for instance.
     pub const EXTERNAL: u8 = 3;
+    /// The node itself: the kubelet's probes, and connections that the node masquerades.
+    pub const NODE: u8 = 4;
 }
 
 /// What became of a new connection attempt at a pod.
@@ -151,6 +153,18 @@ pub struct SignalCounts {
     pub ring_full: u64,
     /// Happenings that a full map could not count per key.
     pub map_full: u64,
+}
+
+/// Key of the set `PROBED_PORTS`: a pod's port that the kubelet probes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct ProbedPort {
+    /// The pod's address.
+    pub address: Ip,
+    /// The pod's port.
+    pub port: u32,
+    /// Always zero.
+    pub reserved: u32,
 }
 
 /// Key of the map `ARRIVAL_TO_COUNT`.
@@ -270,6 +284,7 @@ const _: () = {
     assert!(offset_of!(Event, suppressed) == 80);
     assert!(offset_of!(Event, remote_port) == 86);
     assert!(size_of::<SignalCounts>() == 32);
+    assert!(size_of::<ProbedPort>() == 24);
     assert!(size_of::<ArrivalKey>() == 32);
     assert!(offset_of!(ArrivalKey, port) == 24);
     assert!(size_of::<ArrivalCount>() == 16);
@@ -279,12 +294,14 @@ const _: () = {
 #[cfg(feature = "user")]
 #[expect(unsafe_code, reason = "aya's marker for plain bytes is an unsafe trait")]
 mod user {
-    use super::{ArrivalCount, ArrivalKey, Event, Ip, Layout, SignalCounts};
+    use super::{ArrivalCount, ArrivalKey, Event, Ip, Layout, ProbedPort, SignalCounts};
 
     // SAFETY: `repr(C)`, integers only, no padding (asserted above).
     unsafe impl aya::Pod for Event {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Ip {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for ProbedPort {}
     // SAFETY: as above.
     unsafe impl aya::Pod for SignalCounts {}
     // SAFETY: as above.

@@ -4,7 +4,7 @@ use aya_ebpf::{
     macros::map,
     maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf},
 };
-use observer_common::{ArrivalCount, ArrivalKey, Event, Ip, SignalCounts, signal};
+use observer_common::{ArrivalCount, ArrivalKey, Event, Ip, ProbedPort, SignalCounts, signal};
 
 /// Details for the daemon, which drains it. Full: the detail is lost and counted in
 /// [`SignalCounts::ring_full`]. 1 MiB holds about 10,000 events.
@@ -34,6 +34,11 @@ pub static ARRIVAL_TO_COUNT: PerCpuHashMap<ArrivalKey, ArrivalCount> =
 /// pod's arrivals are not counted. 4,096 is far above any kubelet's pod limit.
 #[map]
 pub static LOCAL_ADDRESSES: HashMap<Ip, u8> = HashMap::with_max_entries(4_096, 0);
+
+/// The ports of this node's pods that the kubelet probes. The daemon inserts them with the pod and
+/// deletes them with it. Full: the daemon reports it; that pod's probes count as connections.
+#[map]
+pub static PROBED_PORTS: HashMap<ProbedPort, u8> = HashMap::with_max_entries(8_192, 0);
 
 /// Which class (`observer_common::source`) an address range belongs to. The daemon inserts the
 /// configured ranges and this node's own addresses. Full: the daemon reports it.

@@ -78,7 +78,11 @@ fn refused(ctx: &impl EbpfContext, skb: Address) -> i32 {
         return 0;
     }
     if report::is_local_pod(&event.local_address) {
-        report::count_arrival(ctx, &event, outcome::REFUSED);
+        let source = report::source_of(&event);
+        if report::is_probe(&event, source) {
+            return 0;
+        }
+        report::count_arrival(ctx, &event, source, outcome::REFUSED);
     }
     report::send(ctx, &mut event);
     0

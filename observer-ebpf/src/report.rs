@@ -1,12 +1,14 @@
 //! Counting, always; sending a detail, within its key's budget.
 
-use aya_ebpf::{EbpfContext, helpers::bpf_ktime_get_boot_ns};
+use aya_ebpf::{EbpfContext, helpers::bpf_ktime_get_boot_ns, maps::lpm_trie::Key};
 use aya_log_ebpf::warn;
-use observer_common::{ArrivalCount, ArrivalKey, Event, Ip, SignalCounts, outcome, source};
+use observer_common::{
+    ArrivalCount, ArrivalKey, Event, Ip, ProbedPort, SignalCounts, outcome, source,
+};
 
 use crate::maps::{
     ARRIVAL_TO_COUNT, Budget, BudgetKey, ERRNO_COUNT, ERRNO_TO_COUNT, EVENTS, KEY_TO_BUDGET,
-    LOCAL_ADDRESSES, RANGE_TO_SOURCE, SIGNAL_TO_COUNTS,
+    LOCAL_ADDRESSES, PROBED_PORTS, RANGE_TO_SOURCE, SIGNAL_TO_COUNTS,
 };
 
 /// Details per key and second. A rollout refuses tens per second at one pod; more is a flood.
@@ -75,16 +77,31 @@ pub fn is_local_pod(address: &Ip) -> bool {
     LOCAL_ADDRESSES.get_ptr(address).is_some()
 }
 
+/// Where the event's peer is: one of [`source`].
+#[inline(always)]
+pub fn source_of(event: &Event) -> u8 {
+    let range = Key::new(128, event.remote_address);
+    RANGE_TO_SOURCE.get(range).copied().unwrap_or(source::UNCLASSIFIED)
+}
+
+/// Whether a connection is taken for one of the kubelet's probes: from the node itself to a port
+/// that it probes. They go on to the pod's end, need no sleep, and nobody misses them when refused.
+#[inline(always)]
+pub fn is_probe(event: &Event, source: u8) -> bool {
+    let port =
+        ProbedPort { address: event.local_address, port: u32::from(event.local_port), reserved: 0 };
+    source == source::NODE && PROBED_PORTS.get_ptr(port).is_some()
+}
+
 /// Counts a new connection at a local pod under its exact key.
 #[inline(always)]
-pub fn count_arrival(ctx: &impl EbpfContext, event: &Event, outcome: u8) {
-    let range = aya_ebpf::maps::lpm_trie::Key::new(128, event.remote_address);
+pub fn count_arrival(ctx: &impl EbpfContext, event: &Event, source: u8, outcome: u8) {
     let key = ArrivalKey {
         address: event.local_address,
         netns_cookie: event.netns_cookie,
         port: event.local_port,
         outcome,
-        source: RANGE_TO_SOURCE.get(range).copied().unwrap_or(source::UNCLASSIFIED),
+        source,
         reserved: 0,
     };
     if let Some(arrivals) = ARRIVAL_TO_COUNT.get_ptr_mut(key) {

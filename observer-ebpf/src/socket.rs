@@ -43,8 +43,11 @@ pub fn state_changed(ctx: &impl EbpfContext, old: u32, new: u32) -> i32 {
     fill(&mut event, sk);
     if signal == signal::PASSIVE_OPEN {
         if report::is_local_pod(&event.local_address) {
-            report::count(signal);
-            report::count_arrival(ctx, &event, outcome::ACCEPTED);
+            let source = report::source_of(&event);
+            if !report::is_probe(&event, source) {
+                report::count(signal);
+                report::count_arrival(ctx, &event, source, outcome::ACCEPTED);
+            }
         }
         return 0;
     }

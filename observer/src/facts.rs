@@ -4,6 +4,7 @@
 //! A fact is stamped where it is first seen and never changes afterwards. Facts may arrive in any
 //! order and more than once. Nothing here does I/O or reads a clock.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -148,6 +149,8 @@ pub struct PodObserved {
     pub pre_stop_sleep: Option<Duration>,
     /// `spec.terminationGracePeriodSeconds`.
     pub grace_period: Duration,
+    /// The ports that the kubelet probes by TCP, HTTP or gRPC.
+    pub probed_ports: BTreeSet<u16>,
     /// Whether `status.phase` is `Succeeded` or `Failed`.
     pub ended: bool,
 }
@@ -326,7 +329,9 @@ pub enum Outcome {
 /// Where new connections came from, seen from the pod's node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Origin {
-    /// A pod of this node, or the node itself.
+    /// The node itself: programs in the host's network, and connections that it masquerades.
+    Node,
+    /// A pod of this node.
     SameNode,
     /// Elsewhere in the cluster.
     Cluster,

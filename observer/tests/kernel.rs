@@ -13,6 +13,7 @@ use std::time::Duration;
 use nix::sched::{CloneFlags, unshare};
 use observer::clock;
 use observer::facts::{BootNs, Happening, KernelEvent, Origin, Outcome};
+use observer::kernel::addresses::Range;
 use observer::kernel::{self, Started};
 use tokio::sync::mpsc;
 
@@ -43,24 +44,24 @@ fn isolated<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
 
 /// Starts the kernel side, runs `act`, and returns the events that arrived with the final parts.
 fn observe(local: &[IpAddr], act: impl FnOnce()) -> (Vec<KernelEvent>, kernel::counters::Reading) {
-    observe_with(local, false, act)
+    let local = local.iter().copied().collect::<BTreeSet<_>>();
+    observe_with(|kernel| kernel.addresses.set_local(&local).expect("addresses"), act)
 }
 
 fn observe_with(
-    local: &[IpAddr],
-    legacy_commits: bool,
+    prepare: impl FnOnce(&mut Started),
     act: impl FnOnce(),
 ) -> (Vec<KernelEvent>, kernel::counters::Reading) {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
     runtime.block_on(async {
-        let Started { mut probes, events, counters, mut addresses } =
+        let mut kernel =
             kernel::start(PathBuf::from("/sys/fs/cgroup")).expect("kernel side starts");
-        probes.watch_legacy_commits(legacy_commits).expect("attach or detach");
+        prepare(&mut kernel);
+        let Started { probes, events, counters, addresses: _addresses } = kernel;
         for probe in probes.states() {
             assert!(probe.method.is_some(), "{} is off: {:?}", probe.signal, probe.problem);
         }
-        addresses.set_local(&local.iter().copied().collect::<BTreeSet<_>>()).expect("addresses");
         let (sender, mut receiver) = mpsc::channel(CAPACITY);
         let reader = tokio::spawn(events.run(sender));
         act();
@@ -129,6 +130,42 @@ fn refusals_and_accepts_are_counted_exactly_over_both_families() {
 }
 
 #[test]
+fn the_kubelets_probes_are_neither_arrivals_nor_refusals() {
+    // Loopback's own address is where connections to the other come from.
+    let (node, pod) = (IpAddr::from([127, 0, 0, 1]), IpAddr::from([127, 0, 0, 2]));
+    let (events, reading) = isolated(move || {
+        let prepare = |kernel: &mut Started| {
+            let addresses = &mut kernel.addresses;
+            addresses.set_local(&BTreeSet::from([pod])).expect("addresses");
+            addresses.classify(Range::host(node), Origin::Node).expect("range");
+            addresses.set_probed(&BTreeSet::from([(pod, 8080)])).expect("probed port");
+        };
+        observe_with(prepare, || {
+            for port in [8080, 9090] {
+                let open = TcpListener::bind((pod, port)).expect("bind");
+                drop(TcpStream::connect((pod, port)).expect("accepted"));
+                drop(open);
+                refused(SocketAddr::new(pod, port));
+            }
+        })
+    });
+    let mut counted: Vec<(u16, Outcome, Origin, u64)> = reading
+        .arrivals
+        .iter()
+        .map(|arrivals| (arrivals.port, arrivals.outcome, arrivals.origin, arrivals.count))
+        .collect();
+    counted.sort_by_key(|(_, outcome, _, _)| *outcome);
+    assert_eq!(
+        counted,
+        [(9090, Outcome::Accepted, Origin::Node, 1), (9090, Outcome::Refused, Origin::Node, 1)]
+    );
+    let ports = events.iter().filter(|event| event.happening == Happening::Refused);
+    let ports: Vec<u16> =
+        ports.filter(|event| event.local.ip() == pod).map(|event| event.local.port()).collect();
+    assert_eq!(ports, [9090]);
+}
+
+#[test]
 fn a_dual_stack_listener_counts_ipv4_peers_by_their_ipv4_address() {
     let v4 = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let (events, reading) = isolated(move || {
@@ -181,7 +218,10 @@ fn legacy_commits_are_seen_in_the_own_namespace_and_only_changes_count() {
     };
     let (elsewhere, here) = isolated(move || {
         let commits = |attached, act: &dyn Fn()| {
-            let (events, _) = observe_with(&[], attached, act);
+            let prepare = |kernel: &mut Started| {
+                kernel.probes.watch_legacy_commits(attached).expect("attach or detach");
+            };
+            let (events, _) = observe_with(prepare, act);
             let happenings = events.into_iter().map(|event| event.happening);
             happenings.filter(|what| matches!(what, Happening::LegacyCommit { .. })).collect()
         };

@@ -130,6 +130,9 @@ impl Desk {
     }
 
     fn watch_addresses(&mut self) {
+        if let Err(error) = self.kernel.addresses.set_probed(&self.correlator.probed_ports()) {
+            warn!("probes of some pods count as connections: {error:#}");
+        }
         let wanted = self.correlator.local_addresses();
         if wanted == self.watched {
             return;

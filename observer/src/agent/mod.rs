@@ -189,7 +189,7 @@ fn classify_sources(addresses: &mut Addresses, cluster: &[Range]) -> anyhow::Res
         addresses.classify(*range, Origin::Cluster)?;
     }
     for address in node_addresses()? {
-        addresses.classify(Range::host(address), Origin::SameNode)?;
+        addresses.classify(Range::host(address), Origin::Node)?;
     }
     Ok(())
 }

@@ -77,6 +77,57 @@ struct Spec {
 struct Container {
     restart_policy: Option<String>,
     lifecycle: Option<Lifecycle>,
+    ports: Option<Vec<ContainerPort>>,
+    readiness_probe: Option<Probe>,
+    liveness_probe: Option<Probe>,
+    startup_probe: Option<Probe>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ContainerPort {
+    name: Option<String>,
+    container_port: u16,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Probe {
+    http_get: Option<ProbeTarget>,
+    tcp_socket: Option<ProbeTarget>,
+    grpc: Option<ProbeTarget>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct ProbeTarget {
+    port: PortReference,
+}
+
+/// A port by its number or by its name in `ports`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum PortReference {
+    Number(u16),
+    Name(String),
+}
+
+impl Container {
+    /// The ports of its own that the kubelet connects to in order to probe it.
+    fn probed_ports(&self) -> impl Iterator<Item = u16> {
+        let probes = [&self.readiness_probe, &self.liveness_probe, &self.startup_probe];
+        let targets = probes
+            .into_iter()
+            .flatten()
+            .flat_map(|probe| [&probe.http_get, &probe.tcp_socket, &probe.grpc]);
+        targets.flatten().filter_map(|target| match &target.port {
+            PortReference::Number(port) => Some(*port),
+            PortReference::Name(name) => {
+                let mut ports = self.ports.iter().flatten();
+                let port = ports.find(|port| port.name.as_ref() == Some(name))?;
+                Some(port.container_port)
+            }
+        })
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -143,6 +194,7 @@ fn observed(pod: &Pod, at: BootNs, offset: WallOffset) -> PodObserved {
         deletion: deletion(metadata, offset),
         pre_stop_sleep: pre_stop_sleep(spec),
         grace_period: Duration::from_secs(u64::try_from(grace).unwrap_or(NEGATIVE_GRACE_SECONDS)),
+        probed_ports: running(spec).flat_map(Container::probed_ports).collect(),
         ended: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
     }
 }
@@ -180,16 +232,21 @@ fn deletion(metadata: &Metadata, offset: WallOffset) -> Option<Deletion> {
     Some(Deletion { not_before: offset.to_boot(timestamp.as_nanosecond()).minus(grace), grace })
 }
 
-/// The longest over all containers that stop with the pod: the main ones and, of the init
-/// containers, the sidecars (`restartPolicy: Always`).
-fn pre_stop_sleep(spec: &Spec) -> Option<Duration> {
+/// The containers that live as long as the pod: the main ones and, of the init containers, the
+/// sidecars (`restartPolicy: Always`).
+fn running(spec: &Spec) -> impl Iterator<Item = &Container> {
     let sidecars = spec.init_containers.iter().flatten();
     let sidecars = sidecars.filter(|init| init.restart_policy.as_deref() == Some("Always"));
+    spec.containers.iter().flatten().chain(sidecars)
+}
+
+/// The longest over all containers that stop with the pod.
+fn pre_stop_sleep(spec: &Spec) -> Option<Duration> {
     let sleep = |container: &Container| {
         let sleep = container.lifecycle.as_ref()?.pre_stop.as_ref()?.sleep.as_ref()?;
         Some(Duration::from_secs(sleep.seconds))
     };
-    spec.containers.iter().flatten().chain(sidecars).filter_map(sleep).max()
+    running(spec).filter_map(sleep).max()
 }
 
 #[cfg(test)]

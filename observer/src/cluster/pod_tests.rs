@@ -152,3 +152,20 @@ fn a_pod_that_was_only_just_created_takes_the_defaults() {
     assert_eq!(pod.grace_period, Duration::from_secs(30));
     assert_eq!((pod.addresses, pod.pre_stop_sleep), (vec![], None));
 }
+
+#[test]
+fn probed_ports_are_found_by_number_and_by_name() {
+    let mut object = pod();
+    object["spec"]["containers"] = json!([
+        {
+            "name": "app",
+            "ports": [{"name": "http", "containerPort": 8080}, {"containerPort": 9090}],
+            "readinessProbe": {"httpGet": {"path": "/ready", "port": "http"}},
+            "livenessProbe": {"tcpSocket": {"port": 9090}},
+            "startupProbe": {"exec": {"command": ["true"]}}
+        },
+        {"name": "other", "readinessProbe": {"httpGet": {"port": "http"}, "grpc": {"port": 5000}}}
+    ]);
+    // A name is looked up in the container's own ports only.
+    assert_eq!(see(object).probed_ports, [5000, 8080, 9090].into());
+}

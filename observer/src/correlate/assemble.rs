@@ -213,7 +213,7 @@ impl Assembler<'_> {
         let mut ends = TailEnds::default();
         for (key, count) in self.counts(uid, pod).filter(|(_, count)| count.last > requested) {
             let end = match key.origin {
-                Origin::SameNode => &mut ends.same_node,
+                Origin::Node | Origin::SameNode => &mut ends.same_node,
                 Origin::Cluster => &mut ends.cluster,
                 Origin::External => &mut ends.external,
                 Origin::Unclassified => &mut ends.unclassified,

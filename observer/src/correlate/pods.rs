@@ -49,6 +49,8 @@ pub(super) struct Watched {
     pub(super) pre_stop_sleep: Option<Duration>,
     /// `spec.terminationGracePeriodSeconds`
     pub(super) grace_period: Duration,
+    /// The ports that the kubelet probes.
+    pub(super) probed_ports: BTreeSet<u16>,
 }
 
 impl Pod {
@@ -64,6 +66,7 @@ impl Pod {
             ended: None,
             pre_stop_sleep: observed.pre_stop_sleep,
             grace_period: observed.grace_period,
+            probed_ports: observed.probed_ports,
         });
         if observed.at < watched.first_seen {
             watched.first_seen = observed.at;

@@ -85,6 +85,7 @@ impl Teller {
             deletion,
             pre_stop_sleep: None,
             grace_period: Duration::from_secs(30),
+            probed_ports: BTreeSet::new(),
             ended: false,
         }))
     }

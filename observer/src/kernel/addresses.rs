@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use anyhow::Context as _;
-use aya::maps::{HashMap, LpmTrie, Map, MapData, lpm_trie::Key};
-use observer_common::{Ip, source};
+use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
+use observer_common::{Ip, ProbedPort, source};
 
 use crate::facts::Origin;
 
@@ -24,6 +24,8 @@ pub struct Addresses {
     local: HashMap<MapData, Ip, u8>,
     ranges: LpmTrie<MapData, Ip, u8>,
     present: BTreeSet<IpAddr>,
+    probed: HashMap<MapData, ProbedPort, u8>,
+    probes: BTreeSet<(IpAddr, u16)>,
 }
 
 impl Addresses {
@@ -36,6 +38,8 @@ impl Addresses {
             local: take("LOCAL_ADDRESSES")?.try_into()?,
             ranges: take("RANGE_TO_SOURCE")?.try_into()?,
             present: BTreeSet::new(),
+            probed: take("PROBED_PORTS")?.try_into()?,
+            probes: BTreeSet::new(),
         })
     }
 
@@ -45,6 +49,7 @@ impl Addresses {
     /// When the map is full.
     pub fn classify(&mut self, range: Range, origin: Origin) -> anyhow::Result<()> {
         let value = match origin {
+            Origin::Node => source::NODE,
             Origin::SameNode => source::SAME_NODE,
             Origin::Cluster => source::CLUSTER,
             Origin::External => source::EXTERNAL,
@@ -75,6 +80,33 @@ impl Addresses {
         }
         Ok(())
     }
+}
+
+impl Addresses {
+    /// Makes the programs take connections from the node itself to exactly these pod ports for the
+    /// kubelet's probes.
+    ///
+    /// # Errors
+    /// When the map is full; the ports before it are set.
+    pub fn set_probed(&mut self, wanted: &BTreeSet<(IpAddr, u16)>) -> anyhow::Result<()> {
+        for gone in self.probes.difference(wanted).copied().collect::<Vec<_>>() {
+            match self.probed.remove(&probed(gone)) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(error).context("cannot remove a probed port"),
+            }
+            self.probes.remove(&gone);
+        }
+        for new in wanted.difference(&self.probes).copied().collect::<Vec<_>>() {
+            let context = || format!("cannot tell probes of {}:{} apart", new.0, new.1);
+            self.probed.insert(probed(new), 1, 0).with_context(context)?;
+            self.probes.insert(new);
+        }
+        Ok(())
+    }
+}
+
+fn probed((address, port): (IpAddr, u16)) -> ProbedPort {
+    ProbedPort { address: ip(address), port: u32::from(port), reserved: 0 }
 }
 
 impl Range {

@@ -127,6 +127,7 @@ fn sum_arrivals(key: &ArrivalKey, per_cpu: &[ArrivalCount]) -> Option<Arrivals> 
             _ => return None,
         },
         origin: match key.source {
+            source::NODE => Origin::Node,
             source::SAME_NODE => Origin::SameNode,
             source::CLUSTER => Origin::Cluster,
             source::EXTERNAL => Origin::External,
