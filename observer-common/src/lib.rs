@@ -20,7 +20,8 @@ pub mod signal {
     pub const LISTENER_OPENED: u32 = 2;
     /// A socket left `LISTEN`.
     pub const LISTENER_CLOSED: u32 = 3;
-    /// A RST answered a SYN that met no socket: the peer sees "connection refused".
+    /// A RST answered a SYN that met no socket: the peer sees "connection refused". `code` is 1 when
+    /// it was counted for a local pod.
     pub const REFUSED: u32 = 4;
     /// A RST answered any other segment that met no socket.
     pub const STRAY_RESET: u32 = 5;

@@ -83,6 +83,7 @@ fn refused(ctx: &impl EbpfContext, skb: Address) -> i32 {
             return 0;
         }
         report::count_arrival(ctx, &event, source, outcome::REFUSED);
+        event.code = 1;
     }
     report::send(ctx, &mut event);
     0

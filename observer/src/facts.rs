@@ -315,6 +315,9 @@ pub struct KernelEvent {
     pub socket: u64,
     /// Like events of the same pod that were counted but not reported since the last one.
     pub suppressed: u32,
+    /// Whether a refusal is part of the pod's [`Arrivals`]: those before its address was known to
+    /// the kernel programs are not.
+    pub counted: bool,
 }
 
 /// What became of new connection attempts.

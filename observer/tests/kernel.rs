@@ -121,6 +121,7 @@ fn refusals_and_accepts_are_counted_exactly_over_both_families() {
             .filter(|event| event.happening == Happening::Refused)
             .collect();
         assert!(!details.is_empty() && details.len() < 300, "{} details", details.len());
+        assert!(details.iter().all(|event| event.counted));
         let failed = events
             .iter()
             .filter(|event| event.remote == SocketAddr::new(address, 8081))

@@ -225,7 +225,7 @@ impl Assembler<'_> {
 
     /// Refusals since the floor: the exact total minus what the details place before it.
     fn refusals(&self, uid: &PodUid, pod: &Pod, floor: BootNs) -> Refusals {
-        let (mut detailed, mut before, mut first, mut last) = (0, 0, None, None);
+        let (mut detailed, mut before, mut uncounted, mut first, mut last) = (0, 0, 0, None, None);
         for address in pod.addresses() {
             let span = (address, Netns::MIN)..=(address, Netns::MAX);
             for ((_, netns), dropped) in self.evidence.dropped_refusals.range(span.clone()) {
@@ -236,12 +236,12 @@ impl Assembler<'_> {
             }
             for ((_, netns), refusals) in self.evidence.refusals.range(span) {
                 let mut previous = None;
-                for ((at, _, _), suppressed) in refusals {
+                for ((at, _, _), (suppressed, counted)) in refusals {
                     if self.owner(address, *netns, *at) != Some(uid) {
                         continue;
                     }
-                    let suppressed = u64::from(*suppressed);
-                    detailed += 1 + suppressed;
+                    let (suppressed, counted) = (u64::from(*suppressed), u64::from(*counted));
+                    detailed += counted + suppressed;
                     // A budget lasts a second: what it withheld happened right after the detail
                     // that spent it, however much later the next one tells.
                     if previous.is_none_or(|previous| previous < floor) {
@@ -249,8 +249,9 @@ impl Assembler<'_> {
                     }
                     previous = Some(*at);
                     if *at < floor {
-                        before += 1;
+                        before += counted;
                     } else {
+                        uncounted += 1 - counted;
                         first = Some(first.map_or(*at, |first: BootNs| first.min(*at)));
                         last = last.max(Some(*at));
                     }
@@ -263,7 +264,8 @@ impl Assembler<'_> {
             last = last.max(Some(count.last).filter(|at| *at >= floor));
         }
         // A reading may be older than the latest details.
-        Refusals { count: total.max(detailed).saturating_sub(before), first, last }
+        let count = total.max(detailed).saturating_sub(before) + uncounted;
+        Refusals { count, first, last }
     }
 
     /// Signals and exits of the containers that were asked to stop; of all when none was asked.

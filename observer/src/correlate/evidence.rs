@@ -75,8 +75,9 @@ pub(super) struct Count {
     pub(super) last: BootNs,
 }
 
-/// Refusals at one address: when, the peer, the local port; and how many were suppressed before.
-pub(super) type Refusals = BTreeMap<(BootNs, SocketAddr, u16), u32>;
+/// Refusals at one address: when, the peer, the local port; how many were suppressed before, and
+/// whether the kernel counted it.
+pub(super) type Refusals = BTreeMap<(BootNs, SocketAddr, u16), (u32, bool)>;
 
 /// What one backend did, with the uncertainty of each step.
 pub(super) type BackendSteps = BTreeMap<BootNs, (BackendStep, Duration)>;
@@ -130,7 +131,10 @@ impl Evidence {
             Happening::Refused => {
                 let key = (event.local.ip(), event.netns_cookie);
                 let refusal = (event.at, event.remote, event.local.port());
-                self.refusals.entry(key).or_default().insert(refusal, event.suppressed);
+                self.refusals
+                    .entry(key)
+                    .or_default()
+                    .insert(refusal, (event.suppressed, event.counted));
             }
             Happening::Signalled { number: 15 } => {
                 self.record_process(event, ProcessStep::Terminated);
@@ -221,9 +225,9 @@ impl Evidence {
                 continue;
             }
             let mut dropped = 0;
-            refusals.retain(|(at, _, _), suppressed| {
+            refusals.retain(|(at, _, _), (suppressed, counted)| {
                 let kept = *at >= horizon;
-                dropped += if kept { 0 } else { 1 + u64::from(*suppressed) };
+                dropped += if kept { 0 } else { u64::from(*counted) + u64::from(*suppressed) };
                 kept
             });
             if dropped > 0 && counted.contains(place) {

@@ -160,6 +160,7 @@ impl Teller {
             pid: 4_242,
             socket,
             suppressed: 0,
+            counted: happening == Happening::Refused,
         })
     }
 
@@ -440,6 +441,19 @@ fn a_termination_longer_than_facts_are_kept_loses_none_of_them() {
     assert_eq!(before.censored, ["pod watch may have missed something"]);
     record(&mut correlator, TELLER.removed(3_010_000));
     assert_eq!(correlator.advance(at(3_020_000)).len(), 1);
+}
+
+#[test]
+fn refusals_before_the_address_was_known_to_the_kernel_hide_no_later_ones() {
+    let uncounted = |ms| match TELLER.kernel(ms, Happening::Refused) {
+        Fact::Kernel(event) => Fact::Kernel(KernelEvent { counted: false, ..event }),
+        fact => fact,
+    };
+    let mut facts = TELLER.story();
+    facts.extend([uncounted(900), uncounted(950)]);
+    assert_eq!(timeline(&correlate(facts.clone()), POD).refused, 5);
+    facts.push(uncounted(10_350));
+    assert_eq!(timeline(&correlate(facts), POD).refused, 6);
 }
 
 #[test]

@@ -33,6 +33,7 @@ pub fn decode(record: &[u8]) -> Result<KernelEvent, Undecodable> {
         pid: event.pid,
         socket: event.socket,
         suppressed: event.suppressed,
+        counted: event.signal == signal::REFUSED && event.code == 1,
     })
 }
 
