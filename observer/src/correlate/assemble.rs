@@ -6,19 +6,16 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::evidence::{BackendSteps, Count, CountKey, Evidence, Netns, ProcessFact, ProcessStep};
+use super::evidence::{Count, CountKey, Evidence, Netns, ProcessFact, ProcessStep};
 use super::pods::{Pod, Watched};
-use super::slices::{EndpointKey, EndpointState};
-use super::timeline::{Instant, Removal, Source, TailEnds, Timeline};
-use crate::facts::{Backend, BackendStep, BootNs, Origin, Outcome, PodUid};
+use super::removals::{all_removed, endpoint_terminating};
+use super::timeline::{Instant, Source, TailEnds, Timeline};
+use crate::facts::{BootNs, Origin, Outcome, PodUid};
 
 /// Facts of a termination may precede our own sight of it: kube-proxy commits before a second
 /// watcher sees the slice (7.5 ms measured), and watches lag. The API server stamps deletions in
 /// whole seconds, so nothing finer could be told from them.
 const EARLIEST: Duration = Duration::from_secs(1);
-
-/// Rules may name a new owner of an address before our pod watch does.
-const REUSE_SKEW: Duration = Duration::from_secs(10);
 
 /// All pods, by UID.
 pub(super) type Pods = BTreeMap<PodUid, Pod>;
@@ -88,55 +85,6 @@ impl Assembler<'_> {
         };
         timeline.censored = self.censored(pod, floor, &timeline);
         Some(timeline)
-    }
-
-    /// Every backend of the pod that this node's rules had at the deletion or since, with its
-    /// removal. Sorted by Service port, for a stable presentation.
-    fn removals(
-        &self,
-        uid: &PodUid,
-        pod: &Pod,
-        floor: BootNs,
-        requested: Option<Instant>,
-    ) -> Vec<(Backend, Removal)> {
-        let mut removals = Vec::new();
-        for address in pod.addresses() {
-            let next_owner = self.next_owner(uid, pod, address);
-            let exclusive = pod.has_address_since(address).is_some();
-            for (backend, steps) in self.evidence.backends.get(&address).into_iter().flatten() {
-                let keys: Vec<&EndpointKey> =
-                    pod.endpoints.keys().filter(|key| is_endpoint_of(backend, key)).collect();
-                // A node's address, which host-network pods share, or another node's pod's.
-                if keys.is_empty() && !exclusive {
-                    continue;
-                }
-                let gone = pod.gone_from(&keys);
-                let Fate::Backend(backend_removed) = fate(steps, floor, next_owner, gone) else {
-                    continue;
-                };
-                let terminating =
-                    keys.iter().filter_map(|key| endpoint_terminating(pod, key, floor, requested));
-                let removal = Removal {
-                    service: backend.service.clone(),
-                    endpoint_terminating: earliest(terminating),
-                    backend_removed,
-                };
-                removals.push((backend.clone(), removal));
-            }
-        }
-        removals.sort_by(|one, other| one.0.cmp(&other.0));
-        removals
-    }
-
-    /// When another pod of this node is first known to have the address after this one.
-    fn next_owner(&self, uid: &PodUid, pod: &Pod, address: IpAddr) -> Option<BootNs> {
-        let since = pod.has_address_since(address)?;
-        self.pods
-            .iter()
-            .filter(|(other, _)| *other != uid)
-            .filter_map(|(_, other)| other.has_address_since(address))
-            .filter(|other_since| *other_since > since)
-            .min()
     }
 
     /// The pod that an address and network namespace stood for at a moment.
@@ -365,89 +313,7 @@ pub(super) fn floor(pod: &Pod) -> Option<BootNs> {
     Some(seen.into_iter().flatten().min()?.minus(EARLIEST))
 }
 
-/// What became of one backend in one termination.
-enum Fate {
-    /// The rules did not have it when the termination began, nor since.
-    NoBackend,
-    /// They had it; the removal, once it happened.
-    Backend(Option<Instant>),
-}
-
-/// Follows one backend's steps from the floor on, up to the next owner of its address: as the pod
-/// watch shows it, or (another node's pod) whoever is added after the endpoint is `gone`.
-fn fate(
-    steps: &BackendSteps,
-    floor: BootNs,
-    next_owner: Option<BootNs>,
-    gone: Option<BootNs>,
-) -> Fate {
-    // A pod that ended keeps naming an address that may be another's long before it is deleted.
-    if next_owner.is_some_and(|next| next <= floor) {
-        return Fate::NoBackend;
-    }
-    let at_floor = steps.range(..floor).next_back().map(|(_, (step, _))| *step);
-    let mut present = at_floor == Some(BackendStep::Added);
-    let mut known = present;
-    let mut removed = None;
-    for (at, (step, uncertainty)) in steps.range(floor..) {
-        if next_owner.is_some_and(|next| *at >= next) {
-            break;
-        }
-        match step {
-            BackendStep::Added => {
-                let others = next_owner.is_some_and(|next| at.plus(REUSE_SKEW) >= next)
-                    || gone.is_some_and(|gone| *at >= gone);
-                if removed.is_some() && others {
-                    break;
-                }
-                present = true;
-                removed = None;
-            }
-            BackendStep::Removed => {
-                present = false;
-                removed = Some(Instant {
-                    at: *at,
-                    uncertainty: Some(*uncertainty),
-                    source: Source::Dataplane,
-                });
-            }
-        }
-        known = true;
-    }
-    if known { Fate::Backend(removed.filter(|_| !present)) } else { Fate::NoBackend }
-}
-
-/// The last removal, once all backends are removed.
-fn all_removed(removals: &[(Backend, Removal)]) -> Option<Instant> {
-    let removed: Option<Vec<Instant>> =
-        removals.iter().map(|(_, removal)| removal.backend_removed).collect();
-    removed?.into_iter().max_by_key(|instant| instant.at)
-}
-
-fn is_endpoint_of(backend: &Backend, key: &EndpointKey) -> bool {
-    backend.service.as_ref().is_none_or(|service| *service == key.service)
-        && (backend.protocol, backend.address, backend.port)
-            == (key.protocol, key.address, key.port)
-}
-
-/// The first sight of one endpoint terminating, not ready or gone, in this termination. It cannot
-/// have happened before the deletion was requested.
-fn endpoint_terminating(
-    pod: &Pod,
-    key: &EndpointKey,
-    floor: BootNs,
-    requested: Option<Instant>,
-) -> Option<Instant> {
-    let steps = pod.endpoints.get(key)?;
-    let (at, _) = steps.range((floor, EndpointState::NotReady)..).next()?;
-    let uncertainty = requested.and_then(|requested| {
-        let begin = requested.at.minus(requested.uncertainty?);
-        at.0.checked_sub(begin.0).map(Duration::from_nanos)
-    });
-    Some(Instant { at: *at, uncertainty, source: Source::SliceWatch })
-}
-
-fn earliest(instants: impl Iterator<Item = Instant>) -> Option<Instant> {
+pub(super) fn earliest(instants: impl Iterator<Item = Instant>) -> Option<Instant> {
     instants.min_by_key(|instant| instant.at)
 }
 

@@ -7,9 +7,14 @@
 mod assemble;
 mod evidence;
 mod pods;
+mod removals;
 mod slices;
 mod timeline;
 
+#[cfg(test)]
+mod property_tests;
+#[cfg(test)]
+mod story;
 #[cfg(test)]
 mod tests;
 
