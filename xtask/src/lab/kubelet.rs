@@ -2,6 +2,7 @@
 //! real node.
 
 use std::fs;
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,7 +16,7 @@ use super::clock;
 use super::cluster::Cluster;
 use super::container::{Behaviour, Container, Listen};
 use super::network::{Addresses, Network, pod_number};
-use super::objects::{Phase, Pod, TEMPLATE_HASH};
+use super::objects::{POD_PORT, Phase, Pod, TEMPLATE_HASH};
 
 /// A pod's process starts within milliseconds; a loaded machine may need longer.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -30,6 +31,8 @@ const LEAST_GRACE: Duration = Duration::from_secs(2);
 const FORCED_VISIBLE: Duration = Duration::from_millis(4);
 /// What a forcibly deleted pod's process gets between SIGTERM and SIGKILL.
 const FORCED_GRACE: Duration = Duration::from_secs(1);
+/// `timeoutSeconds` of a probe unless the pod says otherwise.
+const PROBE_LIMIT: Duration = Duration::from_secs(1);
 const SIGKILL_LIMIT: Duration = Duration::from_secs(10);
 
 /// A pod to start.
@@ -45,6 +48,9 @@ pub struct PodPlan {
     pub grace_seconds: u64,
     /// The addresses of an earlier pod that is gone; new ones when not given.
     pub addresses: Option<Addresses>,
+    /// How often the kubelet probes the pod's port, from its start to its removal: a real one goes
+    /// on with readiness probes while a pod terminates.
+    pub probe_period: Option<Duration>,
 }
 
 impl PodPlan {
@@ -57,6 +63,7 @@ impl PodPlan {
             pre_stop_sleep_seconds: None,
             grace_seconds: 30,
             addresses: None,
+            probe_period: None,
         }
     }
 }
@@ -145,6 +152,10 @@ impl Kubelet {
             pod.phase = Phase::Running;
             pod.ready = true;
         });
+        if let Some(period) = plan.probe_period {
+            let (cluster, uid) = (Arc::clone(&self.cluster), pod.uid.clone());
+            network.node.thread(move || probe(&cluster, &uid, addresses, period));
+        }
         Ok(RunningPod {
             uid: pod.uid,
             name: pod.name,
@@ -221,6 +232,17 @@ fn end(cluster: &Cluster, pod: &RunningPod, killed_ns: u64) -> bool {
     true
 }
 
+/// Connects to the pod's port from the node, whatever comes of it, until the pod is removed.
+fn probe(cluster: &Cluster, uid: &str, addresses: Addresses, period: Duration) {
+    let targets = [IpAddr::from(addresses.v4), IpAddr::from(addresses.v6)];
+    let mut targets = targets.into_iter().cycle();
+    while !cluster.is_closing() && cluster.pods().iter().any(|pod| pod.uid == uid) {
+        let target = targets.next().map(|address| SocketAddr::new(address, POD_PORT));
+        drop(target.map(|target| TcpStream::connect_timeout(&target, PROBE_LIMIT)));
+        std::thread::sleep(period);
+    }
+}
+
 fn new_pod(number: u32, plan: &PodPlan, addresses: Addresses) -> Result<Pod> {
     let container_id = format!("{}{}", random_uuid()?, random_uuid()?).replace('-', "");
     if plan.pre_stop_sleep_seconds.is_some_and(|seconds| seconds > plan.grace_seconds) {
@@ -234,6 +256,7 @@ fn new_pod(number: u32, plan: &PodPlan, addresses: Addresses) -> Result<Pod> {
         addresses,
         pre_stop_sleep_seconds: plan.pre_stop_sleep_seconds,
         grace_seconds: plan.grace_seconds,
+        probed: plan.probe_period.is_some(),
         created: clock::wall_seconds(),
         phase: Phase::Pending,
         ready: false,

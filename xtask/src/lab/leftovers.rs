@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Once, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -143,8 +144,11 @@ fn tear_down(pid: u32) -> Result<()> {
     for namespace in namespaces {
         // Fails only when the name was never bound to a namespace; the file goes either way.
         umount2(&namespace, MntFlags::MNT_DETACH).ok();
-        fs::remove_file(&namespace)
-            .with_context(|| format!("cannot remove {}", namespace.display()))?;
+        let removed = fs::remove_file(&namespace);
+        // `ip netns add` makes the file before the name: another removal may have come between.
+        if removed.as_ref().is_err_and(|error| error.kind() != ErrorKind::NotFound) {
+            removed.with_context(|| format!("cannot remove {}", namespace.display()))?;
+        }
     }
     let directory = directory_of(pid);
     let cgroups = cgroup_mount(&directory);
@@ -203,7 +207,7 @@ fn retry(mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
     outcome
 }
 
-/// Ctrl-C and SIGTERM: remove everything, then exit as a shell reports that signal.
+/// Ctrl-C, SIGTERM and SIGHUP (a closed terminal): remove everything, then exit as a shell reports that signal.
 fn tear_down_on_signal() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -214,6 +218,7 @@ fn tear_down_on_signal() {
                 super::complain(&format!("lab: signals are not watched: {error:#}"));
                 1
             });
+            super::complain("lab: interrupted, removing everything");
             let _removing = removing();
             if let Err(error) = tear_down(std::process::id()) {
                 super::complain(&format!("lab: not everything was removed: {error:#}"));
@@ -229,10 +234,12 @@ fn wait_for_signal(ready: &std::sync::mpsc::SyncSender<()>) -> Result<i32> {
     runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
+        let mut hang_up = signal(SignalKind::hangup())?;
         ready.send(())?;
         Ok(tokio::select! {
             _ = interrupt.recv() => 128 + 2,
             _ = terminate.recv() => 128 + 15,
+            _ = hang_up.recv() => 128 + 1,
         })
     })
 }

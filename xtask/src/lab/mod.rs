@@ -103,6 +103,7 @@ impl Lab {
     /// removed.
     pub fn build(options: Options) -> Result<Self> {
         let claim = Claim::take()?;
+        run_ahead_of_others()?;
         let network = Network::build().context("cannot build the lab's network")?;
         let notices = Notices::listen(&network.node)?;
         let api = Api::serve(&network.node)?;
@@ -310,6 +311,16 @@ impl Drop for Lab {
         self.notices.close();
         self.cluster.api.stop();
     }
+}
+
+/// Gives the calling thread, and what it starts from now on (the lab's threads, pods, agent and
+/// tools), a higher priority than the machine's other work: the lab measures milliseconds, not how
+/// long a compiler kept the processor.
+fn run_ahead_of_others() -> Result<()> {
+    let thread = nix::unistd::gettid().to_string();
+    let mut renice = std::process::Command::new("renice");
+    command::run(None, renice.args(["-n", "-10", "-p", &thread]), "")?;
+    Ok(())
 }
 
 /// Says on stderr what nobody can be told otherwise: in a drop, or when a signal ends the process.

@@ -34,6 +34,8 @@ pub(crate) struct Pod {
     pub(crate) addresses: Addresses,
     pub(crate) pre_stop_sleep_seconds: Option<u64>,
     pub(crate) grace_seconds: u64,
+    /// Whether the kubelet probes its port.
+    pub(crate) probed: bool,
     /// Wall seconds.
     pub(crate) created: i64,
     pub(crate) phase: Phase,
@@ -55,6 +57,9 @@ impl Pod {
             "name": "server", "image": "lab-pod",
             "ports": [{"name": PORT_NAME, "containerPort": POD_PORT, "protocol": "TCP"}],
         });
+        if self.probed {
+            container["readinessProbe"] = json!({"tcpSocket": {"port": PORT_NAME}});
+        }
         if let Some(seconds) = self.pre_stop_sleep_seconds {
             container["lifecycle"] = json!({"preStop": {"sleep": {"seconds": seconds}}});
         }
