@@ -14,6 +14,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::{debug, info, warn};
 
 use super::legacy::LegacyCommits;
+use super::sources;
 use crate::api::Question;
 use crate::clock;
 use crate::cluster;
@@ -26,7 +27,7 @@ use crate::kernel::addresses::Addresses;
 use crate::kernel::counters::{Counters, SIGNAL_NAMES};
 use crate::kernel::{EventCounts, Probes};
 use crate::metrics::Metrics;
-use crate::readiness::Item;
+use crate::readiness::{Item, Readiness};
 
 /// How often counts are read and timelines closed: metrics and the API are at most this old.
 /// Reading costs two system calls for each pod port, outcome and origin.
@@ -52,6 +53,7 @@ pub(super) struct Shown {
     pub(super) rules: Item,
     pub(super) rule_counters: Arc<dataplane::Counters>,
     pub(super) watches: cluster::Health,
+    pub(super) readiness: Readiness,
 }
 
 /// Where facts and questions arrive.
@@ -69,6 +71,8 @@ pub(super) struct Desk {
     legacy: LegacyCommits,
     shown: Shown,
     watched: BTreeSet<IpAddr>,
+    /// Whether everything worked at the last tick.
+    ready: bool,
     /// Details lost in the kernel as of the last tick, and when that was.
     lost: (u64, BootNs),
 }
@@ -81,6 +85,7 @@ impl Desk {
             legacy,
             shown,
             watched: BTreeSet::new(),
+            ready: false,
             lost: (0, clock::now()),
         }
     }
@@ -137,7 +142,8 @@ impl Desk {
         if wanted == self.watched {
             return;
         }
-        match self.kernel.addresses.set_local(&wanted) {
+        let addresses = &mut self.kernel.addresses;
+        match addresses.set_local(&wanted).and_then(|()| sources::classify_node(addresses)) {
             Ok(()) => self.watched = wanted,
             Err(error) => warn!("connections at some pods are not counted: {error:#}"),
         }
@@ -184,6 +190,7 @@ impl Desk {
         }
         self.watch_addresses();
         self.show(inbox);
+        self.tell_readiness();
         Ok(())
     }
 
@@ -222,6 +229,19 @@ impl Desk {
         metrics.set_unreadable_objects(self.shown.watches.unreadable.load(Ordering::Relaxed));
         metrics.set_watch_failures("pods", self.shown.watches.pods.failures());
         metrics.set_watch_failures("endpointslices", self.shown.watches.slices.failures());
+    }
+
+    /// Says in the log when everything began to work, and when something no longer does.
+    fn tell_readiness(&mut self) {
+        let missing = self.shown.readiness.missing();
+        match (std::mem::replace(&mut self.ready, missing.is_empty()), self.ready) {
+            (false, true) => info!("ready"),
+            (true, false) => {
+                let missing: Vec<String> = missing.iter().map(ToString::to_string).collect();
+                warn!("not ready: {}", missing.join("; "));
+            }
+            _ => {}
+        }
     }
 
     fn clean(&mut self) -> anyhow::Result<()> {

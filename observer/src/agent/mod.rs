@@ -6,14 +6,14 @@
 
 mod desk;
 mod legacy;
+mod sources;
 
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context as _, anyhow, bail};
-use nix::ifaddrs::getifaddrs;
+use anyhow::{Context as _, anyhow};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,8 +21,7 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
 use tracing::{info, warn};
 
-use crate::facts::Origin;
-use crate::kernel::addresses::{Addresses, Range};
+use crate::kernel::addresses::Range;
 use crate::kernel::probes::LEGACY_COMMIT;
 use crate::kernel::{self, Probes, StartError};
 use crate::metrics::Metrics;
@@ -92,7 +91,8 @@ fn start(settings: Settings, listener: TcpListener, client: kube::Client) -> any
 
     let mut kernel = kernel::start(settings.cgroup_root)?;
     show_probes(&kernel.probes, &readiness, &metrics);
-    classify_sources(&mut kernel.addresses, &settings.cluster)?;
+    sources::classify_ranges(&mut kernel.addresses, &settings.cluster)?;
+    sources::classify_node(&mut kernel.addresses)?;
 
     let node: Arc<str> = settings.node.into();
     let (event_sender, events) = mpsc::channel(FACTS);
@@ -114,6 +114,7 @@ fn start(settings: Settings, listener: TcpListener, client: kube::Client) -> any
         rules,
         rule_counters: rule_settings.counters.clone(),
         watches: watches.clone(),
+        readiness: readiness.clone(),
     };
     let desk = Desk::new(&node, kernel_side, legacy, shown);
 
@@ -174,36 +175,4 @@ fn show_probes(probes: &Probes, readiness: &Readiness, metrics: &Metrics) {
     if !probes.missing().is_empty() {
         warn!(fields = ?probes.missing(), "this kernel lacks fields");
     }
-}
-
-/// Tells the programs which addresses are whose: the node's own, the cluster's, and with those
-/// known all others external.
-fn classify_sources(addresses: &mut Addresses, cluster: &[Range]) -> anyhow::Result<()> {
-    if !cluster.is_empty() {
-        for everything in ["0.0.0.0", "::"] {
-            let address = everything.parse().context("an unspecified address")?;
-            addresses.classify(Range { address, prefix: 0 }, Origin::External)?;
-        }
-    }
-    for range in cluster {
-        addresses.classify(*range, Origin::Cluster)?;
-    }
-    for address in node_addresses()? {
-        addresses.classify(Range::host(address), Origin::Node)?;
-    }
-    Ok(())
-}
-
-fn node_addresses() -> anyhow::Result<Vec<std::net::IpAddr>> {
-    let interfaces = getifaddrs().context("cannot list the node's addresses")?;
-    let address = |interface: nix::ifaddrs::InterfaceAddress| {
-        let address = interface.address?;
-        let v4 = address.as_sockaddr_in().map(|v4| v4.ip().into());
-        v4.or_else(|| address.as_sockaddr_in6().map(|v6| v6.ip().into()))
-    };
-    let addresses: Vec<std::net::IpAddr> = interfaces.filter_map(address).collect();
-    if addresses.is_empty() {
-        bail!("the node has no address");
-    }
-    Ok(addresses)
 }
