@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::clock::WallOffset;
 use crate::correlate::{self, Timeline};
@@ -34,6 +34,7 @@ pub struct Terminations {
 #[serde(rename_all = "camelCase")]
 pub struct ClockState {
     /// `adjtimex(2)` `maxerror`, in seconds; null when the kernel does not say.
+    #[serde(serialize_with = "to_microseconds")]
     pub max_error_seconds: Option<f64>,
 }
 
@@ -80,8 +81,10 @@ pub struct Termination {
     /// Whether it is complete.
     pub state: State,
     /// `spec.terminationGracePeriodSeconds`; null for a pod of another node.
+    #[serde(serialize_with = "to_microseconds")]
     pub grace_period_seconds: Option<f64>,
     /// `lifecycle.preStop.sleep`; null without one.
+    #[serde(serialize_with = "to_microseconds")]
     pub pre_stop_sleep_seconds: Option<f64>,
     /// What happened when.
     pub instants: Instants,
@@ -90,16 +93,22 @@ pub struct Termination {
     /// The pod's backends on this node.
     pub removals: Vec<Removal>,
     /// Backend removed minus deletion request.
+    #[serde(serialize_with = "to_microseconds")]
     pub gap_seconds: Option<f64>,
     /// Listener closed minus deletion request.
+    #[serde(serialize_with = "to_microseconds")]
     pub head_start_seconds: Option<f64>,
     /// Last new connection minus deletion request.
+    #[serde(serialize_with = "to_microseconds")]
     pub arrival_tail_seconds: Option<f64>,
     /// The larger of gap and arrival tail, as far as this node knows.
+    #[serde(serialize_with = "to_microseconds")]
     pub needed_seconds: Option<f64>,
     /// Needed minus head start, not below 0.
+    #[serde(serialize_with = "to_microseconds")]
     pub shortfall_seconds: Option<f64>,
     /// SIGTERM to the last process exit.
+    #[serde(serialize_with = "to_microseconds")]
     pub drain_seconds: Option<f64>,
     /// Connections refused at the pod after the deletion request.
     pub refused: u64,
@@ -158,6 +167,7 @@ pub struct Instant {
     /// The same on the node's `CLOCK_BOOTTIME`, in ns.
     pub boot_ns: u64,
     /// How much earlier it may have happened; null when nothing bounds it.
+    #[serde(serialize_with = "to_microseconds")]
     pub uncertainty_seconds: Option<f64>,
     /// Who reported it.
     pub source: Source,
@@ -187,6 +197,19 @@ pub struct Removal {
     pub endpoint_terminating: Option<Instant>,
     /// When the rules stopped sending new connections to it.
     pub backend_removed: Option<Instant>,
+}
+
+/// Seconds as a person reads them: the clocks are no better than microseconds, and a difference of
+/// two `f64` has digits of its own.
+///
+/// # Errors
+/// Those of the serializer.
+#[expect(clippy::ref_option, reason = "the signature that serde asks for")]
+pub(crate) fn to_microseconds<S: Serializer>(
+    seconds: &Option<f64>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    seconds.map(|seconds| (seconds * 1e6).round() / 1e6 + 0.0).serialize(serializer)
 }
 
 impl Termination {
@@ -333,5 +356,19 @@ mod tests {
         assert_eq!(json["lastArrivals"]["external"], serde_json::Value::Null);
         let back: Termination = serde_json::from_value(json).expect("the same shape");
         assert_eq!(back, shown);
+    }
+
+    #[test]
+    fn seconds_are_shown_to_the_microsecond() {
+        let offset = WallOffset::fixed(0, BootNs(0));
+        let mut termination = Termination::new(&sample::timeline(), true, offset);
+        termination.gap_seconds = Some(1.531_986_987_999_999_9);
+        termination.arrival_tail_seconds = Some(0.1 + 0.2);
+        termination.drain_seconds = Some(-0.000_000_4);
+        let json = serde_json::to_string(&termination).expect("JSON");
+        assert!(json.contains(r#""gapSeconds":1.531987,"#), "{json}");
+        assert!(json.contains(r#""arrivalTailSeconds":0.3,"#), "{json}");
+        assert!(json.contains(r#""headStartSeconds":1.0,"#), "{json}");
+        assert!(json.contains(r#""drainSeconds":0.0,"#), "{json}");
     }
 }

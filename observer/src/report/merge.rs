@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::api::terminations::{API_VERSION, Instant, State, Termination, Terminations, Workload};
+use crate::api::terminations::{
+    API_VERSION, Instant, State, Termination, Terminations, Workload, to_microseconds,
+};
 use crate::recommend::{Evidence, Recommendation, recommend};
 
 /// What one agent answered.
@@ -61,14 +63,18 @@ pub struct WorkloadLine {
     /// How many of them are no samples.
     pub censored: usize,
     /// The largest gap over all nodes.
+    #[serde(serialize_with = "to_microseconds")]
     pub gap_seconds: Option<f64>,
     /// The node it was seen on.
     pub slowest_node: Option<String>,
     /// The smallest head start.
+    #[serde(serialize_with = "to_microseconds")]
     pub head_start_seconds: Option<f64>,
     /// The largest arrival tail.
+    #[serde(serialize_with = "to_microseconds")]
     pub arrival_tail_seconds: Option<f64>,
     /// The largest shortfall.
+    #[serde(serialize_with = "to_microseconds")]
     pub shortfall_seconds: Option<f64>,
     /// Connections refused, in all.
     pub refused: u64,
