@@ -201,6 +201,7 @@ fn a_log_that_nobody_reads_does_not_stop_it() {
         assert_ne!(log.read_line(&mut said).expect("text"), 0, "it ended");
         assert!(!said.contains("kube_client"), "the watch says it better: {said}");
     }
+    assert!(said.contains("the API server is http://127.0.0.1:1"), "{said}");
     drop(log);
     let pid = i32::try_from(daemon.0.id()).expect("a pid");
     kill(Pid::from_raw(pid), Signal::SIGTERM).expect("signalled");
@@ -267,7 +268,8 @@ async fn it_becomes_ready_serves_and_stops_at_sigterm() {
     let child = observer(&flags).stderr(Stdio::piped()).spawn().expect("the binary starts");
     let mut daemon = Daemon(child);
     let log = BufReader::new(daemon.0.stderr.take().expect("piped"));
-    let lines = std::thread::spawn(move || log.lines().map_while(Result::ok).collect::<Vec<_>>());
+    let (sender, said) = std::sync::mpsc::sync_channel(1024);
+    std::thread::spawn(move || log.lines().map_while(Result::ok).try_for_each(|l| sender.send(l)));
 
     let url = format!("http://{port}");
     wait_until_ready(&url).await;
@@ -284,13 +286,22 @@ async fn it_becomes_ready_serves_and_stops_at_sigterm() {
     assert!(report.status.success());
     assert!(report.stdout.starts_with(b"No termination seen yet"));
 
+    let message = |line: String| {
+        serde_json::from_str::<serde_json::Value>(&line).expect(&line)["message"].clone()
+    };
+    let mut messages = Vec::new();
+    while messages.last() != Some(&json!("ready")) {
+        let line = said.recv_timeout(Duration::from_secs(10)).expect("it says when it is ready");
+        messages.push(message(line));
+    }
     let pid = i32::try_from(daemon.0.id()).expect("a pid");
     kill(Pid::from_raw(pid), Signal::SIGTERM).expect("signalled");
     let status = daemon.0.wait().expect("it ends");
     assert_eq!(status.code(), Some(0));
-    let lines = lines.join().expect("no panic");
-    assert!(lines.len() > 1, "it logs");
-    for line in lines {
-        serde_json::from_str::<serde_json::Value>(&line).expect(&line);
-    }
+    messages.extend(said.iter().map(message));
+    let started = messages.iter().position(|message| *message == "started");
+    let ready = messages.iter().position(|message| *message == "ready");
+    assert!(started.is_some() && started < ready, "{messages:?}");
+    assert_eq!(messages.iter().filter(|message| **message == "ready").count(), 1);
+    assert_eq!(messages.last(), Some(&json!("stopping: detaching the probes")));
 }

@@ -28,6 +28,7 @@ use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::{api, cluster, dataplane};
 
+use cluster::Server;
 use desk::{Desk, Inbox, Kernel, Shown};
 use legacy::LegacyCommits;
 
@@ -67,10 +68,11 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let listener = api::bind(settings.listen).await?;
     let address = listener.local_addr().context("cannot tell the port")?;
-    let client = cluster::client(settings.kubeconfig.as_deref()).await?;
+    let server = cluster::server(settings.kubeconfig.as_deref()).await?;
     check_cgroup_root(&settings.cgroup_root)?;
-    let mut tasks = start(settings, listener, client)?;
-    info!(%address, "observing");
+    let (node, api_server) = (settings.node.clone(), server.address.clone());
+    let mut tasks = start(settings, listener, server)?;
+    info!(%address, node, %api_server, "started");
 
     let outcome = tokio::select! {
         _ = terminate.recv() => Ok(()),
@@ -83,7 +85,7 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
 }
 
 /// Attaches the probes and wires every part to the correlator. All of it ends with the tasks.
-fn start(settings: Settings, listener: TcpListener, client: kube::Client) -> anyhow::Result<Tasks> {
+fn start(settings: Settings, listener: TcpListener, server: Server) -> anyhow::Result<Tasks> {
     let metrics = Metrics::new()?;
     let readiness = Readiness::default();
     let watches = cluster::Health::expect(&readiness);
@@ -126,7 +128,7 @@ fn start(settings: Settings, listener: TcpListener, client: kube::Client) -> any
     let rules = dataplane::run(rule_settings, legacy_signals, update_sender);
     tasks.spawn(named("dataplane reader", rules));
     tasks.spawn(named("cluster watch", async move {
-        cluster::run(client, &node, fact_sender, watches).await;
+        cluster::run(&server, &node, fact_sender, watches).await;
         Ok(())
     }));
     tasks.spawn(named("correlator", desk.run(Inbox { events, facts, updates, asked })));

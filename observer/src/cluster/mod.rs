@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use anyhow::{anyhow, bail};
+use axum::http::Uri;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use tokio::sync::mpsc;
 
@@ -45,12 +46,20 @@ impl Health {
     }
 }
 
-/// A client from `kubeconfig`, or from the pod's ServiceAccount when there is none. It does not
-/// connect yet: an API server that cannot be reached shows in the readiness of the watches.
+/// The API server.
+#[derive(Clone)]
+pub struct Server {
+    client: kube::Client,
+    /// Scheme, host and port, for a person: a failure to reach it is of little use without.
+    pub address: Arc<str>,
+}
+
+/// The API server of `kubeconfig`, or of the pod's ServiceAccount when there is none. It is not
+/// connected to yet: one that cannot be reached shows in the readiness of the watches.
 ///
 /// # Errors
 /// When the file cannot be read or used, there is none and this is not a pod, or a proxy is set.
-pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<kube::Client> {
+pub async fn server(kubeconfig: Option<&Path>) -> anyhow::Result<Server> {
     let config = match kubeconfig {
         Some(path) => from_file(path).await.map_err(|error| {
             anyhow!("kubeconfig {} cannot be used: check --kubeconfig: {error}", path.display())
@@ -66,8 +75,17 @@ pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<kube::Client> {
              HTTP_PROXY, and take proxy-url out of the kubeconfig"
         );
     }
-    kube::Client::try_from(config)
-        .map_err(|error| anyhow!("no client for the API server: {}", words(&error)))
+    let address = address(&config.cluster_url).into();
+    let client = kube::Client::try_from(config)
+        .map_err(|error| anyhow!("no client for the API server: {}", words(&error)))?;
+    Ok(Server { client, address })
+}
+
+/// Without what else a URL may hold, for instance a password.
+fn address(url: &Uri) -> String {
+    let (scheme, host) = (url.scheme_str().unwrap_or_default(), url.host().unwrap_or_default());
+    let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
+    format!("{scheme}://{host}{port}")
 }
 
 /// The error is in words, without the file's name.
@@ -86,15 +104,26 @@ async fn from_file(path: &Path) -> Result<kube::Config, String> {
 
 /// Watches the pods of `node` and all EndpointSlices until nobody receives `facts` any more.
 /// Failures show in `health`; both watches go on trying.
-pub async fn run(
-    client: kube::Client,
-    node: &str,
-    facts: mpsc::Sender<ClusterFact>,
-    health: Health,
-) {
+pub async fn run(server: &Server, node: &str, facts: mpsc::Sender<ClusterFact>, health: Health) {
     let on_node = Some(format!("spec.nodeName={node}"));
     let Health { pods, slices, unreadable } = health;
-    let pods = Watch::<Pod>::new(client.clone(), on_node, facts.clone(), pods, unreadable.clone());
-    let slices = Watch::<EndpointSlice>::new(client, None, facts, slices, unreadable);
+    let pods = Watch::<Pod>::new(server, on_node, facts.clone(), pods, unreadable.clone());
+    let slices = Watch::<EndpointSlice>::new(server, None, facts, slices, unreadable);
     tokio::join!(pods.run(), slices.run());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_for_a_person_has_no_password_and_no_path() {
+        for (url, expected) in [
+            ("https://10.96.0.1", "https://10.96.0.1"),
+            ("https://[fd00::1]:6443/", "https://[fd00::1]:6443"),
+            ("http://user:secret@api.example:8080/k8s/clusters/c", "http://api.example:8080"),
+        ] {
+            assert_eq!(address(&url.parse().expect("a URL")), expected);
+        }
+    }
 }

@@ -30,6 +30,8 @@ use crate::clock::{self, WallOffset};
 use crate::facts::{Blindness, BootNs, ClusterFact};
 use crate::readiness::Item;
 
+use super::Server;
+
 /// How long the server is asked to keep one watch open. Client-go uses 5 to 10 minutes; below 5
 /// also satisfies load balancers that cut a connection after 5 minutes.
 const WATCH_SECONDS: u32 = 290;
@@ -107,7 +109,7 @@ impl<K: Watched> Received<K> {
 
 /// Watches one collection and reports into `facts`.
 pub(super) struct Watch<K: Watched> {
-    client: kube::Client,
+    server: Server,
     selector: Option<String>,
     facts: mpsc::Sender<ClusterFact>,
     readiness: Item,
@@ -124,14 +126,14 @@ pub(super) struct Watch<K: Watched> {
 
 impl<K: Watched> Watch<K> {
     pub(super) fn new(
-        client: kube::Client,
+        server: &Server,
         selector: Option<String>,
         facts: mpsc::Sender<ClusterFact>,
         readiness: Item,
         unreadable: Arc<AtomicU64>,
     ) -> Self {
         Self {
-            client,
+            server: server.clone(),
             selector,
             facts,
             readiness,
@@ -152,8 +154,9 @@ impl<K: Watched> Watch<K> {
                 Some(version) => self.follow(&version).await,
             };
             let Err(error) = outcome else { continue };
-            warn!("{}: {error:#}", K::NAME);
-            self.readiness.down(format!("{error:#}"));
+            let why = format!("{error:#}; the API server is {}", self.server.address);
+            warn!("{}: {why}", K::NAME);
+            self.readiness.down(why);
             self.interrupted = true;
             self.blind_until(clock::now()).await;
             sleep(backoff.next().unwrap_or(ANSWER)).await;
@@ -170,10 +173,11 @@ impl<K: Watched> Watch<K> {
         };
         loop {
             let request = Request::new(K::PATH).list(&params).context("list request")?;
-            let page: ObjectList<Received<K>> = timeout(ANSWER, self.client.request(request))
-                .await
-                .map_err(|_elapsed| anyhow!("no answer to the list within {ANSWER:?}"))?
-                .map_err(|error| explain("cannot list", error))?;
+            let page: ObjectList<Received<K>> =
+                timeout(ANSWER, self.server.client.request(request))
+                    .await
+                    .map_err(|_elapsed| anyhow!("no answer to the list within {ANSWER:?}"))?
+                    .map_err(|error| explain("cannot list", error))?;
             let (at, offset) = (clock::now(), WallOffset::measure());
             for object in page.items {
                 let Some(object) = self.readable(object) else { continue };
@@ -211,7 +215,7 @@ impl<K: Watched> Watch<K> {
             ..WatchParams::default()
         };
         let request = Request::new(K::PATH).watch(&params, version).context("watch request")?;
-        let events = timeout(ANSWER, self.client.request_events::<Received<K>>(request))
+        let events = timeout(ANSWER, self.server.client.request_events::<Received<K>>(request))
             .await
             .map_err(|_elapsed| anyhow!("no answer to the watch within {ANSWER:?}"))?
             .map_err(|error| self.failed("cannot watch", error))?;

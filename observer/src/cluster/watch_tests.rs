@@ -75,12 +75,13 @@ async fn watch(answers: Vec<Answer>) -> Bench {
     tokio::spawn(async move { axum::serve(listener, server).await });
     let url = format!("http://{address}").parse().expect("a URL");
     let client = kube::Client::try_from(kube::Config::new(url)).expect("a client");
+    let server = Server { client, address: "http://api.example".into() };
     let (sender, facts) = mpsc::channel(4);
     let readiness = Readiness::default();
     let item = readiness.expect(Pod::NAME, "not synced yet");
     let selector = Some("spec.nodeName=node-1".to_owned());
     let unreadable = Arc::<AtomicU64>::default();
-    let watch = Watch::<Pod>::new(client, selector, sender, item.clone(), unreadable.clone());
+    let watch = Watch::<Pod>::new(&server, selector, sender, item.clone(), unreadable.clone());
     tokio::spawn(watch.run());
     Bench { script, facts, item, readiness, unreadable }
 }
@@ -221,7 +222,10 @@ async fn a_server_error_is_shown_then_the_watch_resumes_where_it_was() {
     assert_eq!(bench.next().await, "pod a");
     assert_eq!(bench.next().await, "blind pod watch");
     let missing = bench.readiness.missing();
-    assert_eq!(missing[0].to_string(), "pod watch: cannot watch: etcd is away (HTTP 500)");
+    assert_eq!(
+        missing[0].to_string(),
+        "pod watch: cannot watch: etcd is away (HTTP 500); the API server is http://api.example"
+    );
     assert_eq!(bench.next().await, "blind pod watch");
     assert_eq!(bench.next().await, "pod a");
     bench.ready().await;
