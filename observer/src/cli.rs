@@ -2,7 +2,7 @@
 //!
 //! Pure. A value that cannot be used is refused here with exit code 2, never replaced.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -146,7 +146,29 @@ fn range(text: &str) -> Result<Range, String> {
     if prefix > longest {
         return Err(format!("the prefix of {address} is at most {longest}"));
     }
+    let network = network(address, prefix);
+    if network != address {
+        return Err(format!(
+            "{address} is one address in {network}/{prefix}: write {network}/{prefix} if all of \
+             that is meant, or {address}/{longest} for the address alone"
+        ));
+    }
     Ok(Range { address, prefix })
+}
+
+/// The address with all bits after the prefix cleared.
+fn network(address: IpAddr, prefix: u8) -> IpAddr {
+    let prefix = u32::from(prefix);
+    match address {
+        IpAddr::V4(v4) => {
+            let mask = u32::MAX.checked_shl(32 - prefix).unwrap_or(0);
+            Ipv4Addr::from_bits(v4.to_bits() & mask).into()
+        }
+        IpAddr::V6(v6) => {
+            let mask = u128::MAX.checked_shl(128 - prefix).unwrap_or(0);
+            Ipv6Addr::from_bits(v6.to_bits() & mask).into()
+        }
+    }
 }
 
 /// A filter takes any word for the name of a module, and then logs nothing else.
@@ -222,11 +244,22 @@ mod tests {
     }
 
     #[test]
+    fn a_range_may_be_everything_or_one_address() {
+        for range in ["0.0.0.0/0", "::/0", "10.0.0.1/32", "fd00::1/128"] {
+            run_args(&[&format!("--cluster-cidr={range}")]).expect(range);
+        }
+    }
+
+    #[test]
     fn a_bad_value_says_what_to_write() {
         for (flag, words) in [
             ("--cluster-cidr=10.0.0.0", "write ADDRESS/PREFIX"),
             ("--cluster-cidr=10.0.0.0/33", "at most 32"),
             ("--cluster-cidr=ten/8", "write ADDRESS/PREFIX"),
+            ("--cluster-cidr=10.0.0.1/8", "write 10.0.0.0/8 if"),
+            ("--cluster-cidr=10.0.0.1/8", "or 10.0.0.1/32 for"),
+            ("--cluster-cidr=10.0.0.1/0", "write 0.0.0.0/0 if"),
+            ("--cluster-cidr=fd00:10:244::1/48", "write fd00:10:244::/48 if"),
             ("--listen=9464", "invalid socket address"),
             ("--log-format=xml", "possible values: text, json"),
             ("--log-level=observer=loud", "invalid"),

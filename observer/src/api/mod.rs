@@ -4,11 +4,12 @@
 
 pub mod terminations;
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -56,8 +57,13 @@ pub struct Sources {
 /// # Errors
 /// When the address is taken or may not be used.
 pub async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| {
-        format!("cannot listen on {address}: stop what listens there, or choose another --listen")
+    TcpListener::bind(address).await.map_err(|error| {
+        let advice = match error.kind() {
+            ErrorKind::AddrInUse => "stop what listens there, or choose another --listen",
+            ErrorKind::AddrNotAvailable => "no address of this host: choose another --listen",
+            _ => "choose another --listen",
+        };
+        anyhow!(error).context(format!("cannot listen on {address}: {advice}"))
     })
 }
 

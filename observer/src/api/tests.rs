@@ -86,3 +86,11 @@ async fn a_taken_port_says_what_to_do() {
     assert!(words.starts_with(&format!("cannot listen on {address}: stop what")), "{words}");
     assert!(words.contains("Address already in use"), "{words}");
 }
+
+#[tokio::test]
+async fn an_address_of_another_host_is_not_said_to_be_taken() {
+    // 192.0.2.0/24 is for documentation: no host has it.
+    let error = bind(([192, 0, 2, 1], 9464).into()).await.expect_err("not here");
+    let words = format!("{error:#}");
+    assert!(words.contains("no address of this host") && !words.contains("stop"), "{words}");
+}

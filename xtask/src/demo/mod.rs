@@ -7,7 +7,9 @@
 
 mod waterfall;
 
+use std::fs::Metadata;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -32,8 +34,19 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Dataplane::Nftables)]
     dataplane: Dataplane,
     /// The agent to run [default: `observer` beside this program]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = program)]
     observer: Option<PathBuf>,
+}
+
+/// Checked with the command line: what builds and lays out the lab takes a while.
+fn program(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    let runs = |file: &Metadata| file.is_file() && file.permissions().mode() & 0o111 != 0;
+    match path.metadata() {
+        Ok(file) if runs(&file) => Ok(path),
+        Ok(_) => Err("not a program".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Runs the demo; removes everything it made, whatever happens.
@@ -129,4 +142,17 @@ fn plan(pre_stop_sleep_seconds: Option<u64>) -> PodPlan {
 
 fn refused(attempts: &[Attempt]) -> usize {
     attempts.iter().filter(|attempt| attempt.outcome == Outcome::Refused).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_observer_that_is_none_is_refused_with_the_command_line() {
+        program("/no/such/file").expect_err("it is missing");
+        program("/etc/passwd").expect_err("it does not run");
+        program("/etc").expect_err("it is a directory");
+        assert_eq!(program("/bin/sh"), Ok(PathBuf::from("/bin/sh")));
+    }
 }
