@@ -20,7 +20,7 @@ use clap::{Parser, Subcommand};
     name = "cargo xtask",
     version,
     after_help = "Exit codes: 0 done, 1 failed, 2 cannot start here (what to install or change is \
-                  said), 130 and 143 interrupted."
+                  said), 129, 130 and 143 interrupted."
 )]
 struct Arguments {
     #[command(subcommand)]

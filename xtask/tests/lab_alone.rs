@@ -143,6 +143,45 @@ fn without_endpoints_the_rules_refuse_and_a_new_pod_can_take_the_address() -> Re
     Ok(())
 }
 
+/// Connections that the pod accepted, by the count of its own network namespace.
+fn accepted(lab: &Lab, pod: &RunningPod) -> Result<u64> {
+    let pid = lab.truth().pods[&pod.uid].pid;
+    let counts = std::fs::read_to_string(format!("/proc/{pid}/net/snmp"))?;
+    let mut tcp = counts.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let (names, values) = tcp.next().zip(tcp.next()).context("the counts of TCP")?;
+    let mut pairs = names.split(' ').zip(values.split(' '));
+    let (_, count) = pairs.find(|(name, _)| *name == "PassiveOpens").context("PassiveOpens")?;
+    Ok(count.parse()?)
+}
+
+#[test]
+fn the_kubelet_probes_a_pod_until_it_ends() -> Result<()> {
+    let lab = build(Dataplane::Nftables)?;
+    let pod = lab.start_pod(&PodPlan {
+        probe_period: Some(Duration::from_millis(50)),
+        pre_stop_sleep_seconds: Some(1),
+        ..PodPlan::of("web")
+    })?;
+    let unprobed = lab.start_pod(&PodPlan::of("web"))?;
+    let listed = list(&lab, PODS)?;
+    let containers = listed["items"].as_array().context("pods")?.iter().map(|listed| {
+        let uid = listed["metadata"]["uid"].as_str().unwrap_or_default();
+        (uid, &listed["spec"]["containers"][0])
+    });
+    let containers: std::collections::BTreeMap<&str, &Value> = containers.collect();
+    let probe = &containers[pod.uid.as_str()]["readinessProbe"];
+    assert_eq!(*probe, serde_json::json!({"tcpSocket": {"port": "http"}}));
+    assert_eq!(containers[unprobed.uid.as_str()]["readinessProbe"], Value::Null);
+
+    let termination = lab.delete_pod(&pod);
+    let at_deletion = accepted(&lab, &pod)?;
+    std::thread::sleep(Duration::from_millis(600));
+    let while_terminating = accepted(&lab, &pod)? - at_deletion;
+    assert!((4..=13).contains(&while_terminating), "{while_terminating} probes in 0.6 s");
+    assert_eq!(accepted(&lab, &unprobed)?, 0);
+    termination.wait()
+}
+
 fn direct(pod: &RunningPod) -> SocketAddr {
     (pod.addresses.v6, 8080).into()
 }

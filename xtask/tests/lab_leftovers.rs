@@ -1,7 +1,7 @@
 //! Nothing of a lab stays on the machine, whatever ends it.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -103,6 +103,31 @@ fn nothing_is_left_after_a_drop() -> Result<()> {
     signal(&child, Signal::SIGTERM)?;
     assert_eq!(child.wait()?.code(), Some(128 + 15));
     assert_eq!(left_of(child.id())?, Vec::<String>::new(), "after SIGTERM");
+    Ok(())
+}
+
+#[test]
+fn a_closed_terminal_ends_the_lab_as_ctrl_c_does() -> Result<()> {
+    let mut child = start_a_lab_elsewhere()?;
+    signal(&child, Signal::SIGHUP)?;
+    assert_eq!(child.wait()?.code(), Some(128 + 1));
+    let mut said = String::new();
+    child.stderr.take().context("its stderr")?.read_to_string(&mut said)?;
+    assert_eq!(said.matches("interrupted: removing the lab").count(), 1, "{said}");
+    assert_eq!(left_of(child.id())?, Vec::<String>::new());
+    Ok(())
+}
+
+#[test]
+fn a_lab_under_nohup_outlives_its_terminal() -> Result<()> {
+    let lab = a_lab_elsewhere()?;
+    let mut nohup = Command::new("nohup");
+    nohup.arg(lab.get_program()).args(lab.get_args());
+    let mut child = start(nohup.stdout(Stdio::piped()).stderr(Stdio::piped()))?;
+    signal(&child, Signal::SIGHUP)?;
+    signal(&child, Signal::SIGTERM)?;
+    assert_eq!(child.wait()?.code(), Some(128 + 15));
+    assert_eq!(left_of(child.id())?, Vec::<String>::new());
     Ok(())
 }
 

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Once, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -144,11 +144,8 @@ fn tear_down(pid: u32) -> Result<()> {
     for namespace in namespaces {
         // Fails only when the name was never bound to a namespace; the file goes either way.
         umount2(&namespace, MntFlags::MNT_DETACH).ok();
-        let removed = fs::remove_file(&namespace);
-        // `ip netns add` makes the file before the name: another removal may have come between.
-        if removed.as_ref().is_err_and(|error| error.kind() != ErrorKind::NotFound) {
-            removed.with_context(|| format!("cannot remove {}", namespace.display()))?;
-        }
+        absent(fs::remove_file(&namespace))
+            .with_context(|| format!("cannot remove {}", namespace.display()))?;
     }
     let directory = directory_of(pid);
     let cgroups = cgroup_mount(&directory);
@@ -159,10 +156,17 @@ fn tear_down(pid: u32) -> Result<()> {
     if names(&cgroups).is_ok_and(|inside| !inside.is_empty()) {
         umount2(&cgroups, MntFlags::MNT_DETACH).context("cannot unmount the cgroups")?;
     }
-    if directory.exists() {
-        fs::remove_dir_all(&directory)?;
+    absent(fs::remove_dir_all(&directory))
+        .with_context(|| format!("cannot remove {}", directory.display()))
+}
+
+/// What is gone is removed: the lab removes a pod's parts itself while a signal's removal, which
+/// has listed them already, may want to.
+fn absent(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
-    Ok(())
 }
 
 /// Ends every process that lives in one of these namespaces: nobody else enters them.
@@ -192,7 +196,8 @@ fn remove_cgroups(directory: &Path) -> Result<()> {
             remove_cgroups(&entry.path())?;
         }
     }
-    fs::remove_dir(directory).with_context(|| format!("cannot remove {}", directory.display()))
+    absent(fs::remove_dir(directory))
+        .with_context(|| format!("cannot remove {}", directory.display()))
 }
 
 fn retry(mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
@@ -207,18 +212,18 @@ fn retry(mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
     outcome
 }
 
-/// Ctrl-C, SIGTERM and SIGHUP (a closed terminal): remove everything, then exit as a shell reports that signal.
+/// Ctrl-C, SIGTERM and SIGHUP (a closed terminal): remove everything, then exit as a shell reports
+/// that signal.
 fn tear_down_on_signal() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let (ready, registered) = std::sync::mpsc::sync_channel(1);
         std::thread::spawn(move || {
-            let outcome = wait_for_signal(&ready);
-            let code = outcome.unwrap_or_else(|error| {
-                super::complain(&format!("lab: signals are not watched: {error:#}"));
-                1
-            });
-            super::complain("lab: interrupted, removing everything");
+            let (code, why) = match wait_for_signal(&ready) {
+                Ok(code) => (code, "interrupted: removing the lab".to_owned()),
+                Err(error) => (1, format!("signals are not watched: {error:#}")),
+            };
+            super::complain(&why);
             let _removing = removing();
             if let Err(error) = tear_down(std::process::id()) {
                 super::complain(&format!("lab: not everything was removed: {error:#}"));
@@ -234,14 +239,24 @@ fn wait_for_signal(ready: &std::sync::mpsc::SyncSender<()>) -> Result<i32> {
     runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
-        let mut hang_up = signal(SignalKind::hangup())?;
+        // Under `nohup` it is to outlive its terminal; to listen for the signal would undo that.
+        let mut hang_up =
+            if ignores_hang_up()? { None } else { Some(signal(SignalKind::hangup())?) };
         ready.send(())?;
         Ok(tokio::select! {
             _ = interrupt.recv() => 128 + 2,
             _ = terminate.recv() => 128 + 15,
-            _ = hang_up.recv() => 128 + 1,
+            Some(()) = async { hang_up.as_mut()?.recv().await } => 128 + 1,
         })
     })
+}
+
+fn ignores_hang_up() -> Result<bool> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.context("the kernel does not tell ignored signals")?.trim();
+    // The lowest bit is signal 1.
+    Ok(u64::from_str_radix(ignored, 16)? & 1 == 1)
 }
 
 fn directory_of(pid: u32) -> PathBuf {
@@ -259,4 +274,17 @@ fn names(directory: &Path) -> Result<Vec<String>> {
         entries => entries.with_context(|| format!("cannot read {}", directory.display()))?,
     };
     entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_another_removal_took_away_counts_as_removed() {
+        let gone = Path::new("/run/observer-lab/no-such-name");
+        absent(fs::remove_file(gone)).expect("a name");
+        absent(fs::remove_dir_all(gone)).expect("a directory");
+        absent(fs::remove_dir(Path::new("/proc"))).expect_err("it is in use");
+    }
 }
