@@ -20,6 +20,9 @@ const WITH_AGENT: &str = "LAB_WITH_AGENT";
 /// How long a process that was told to end may take.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
+/// A lab that heeds a signal has ended by then: this one had when it did not look for `nohup`.
+const NOTICE_LIMIT: Duration = Duration::from_secs(1);
+
 /// Another lab may have to end first.
 const TURN_LIMIT: Duration = Duration::from_mins(5);
 
@@ -125,6 +128,8 @@ fn a_lab_under_nohup_outlives_its_terminal() -> Result<()> {
     nohup.arg(lab.get_program()).args(lab.get_args());
     let mut child = start(nohup.stdout(Stdio::piped()).stderr(Stdio::piped()))?;
     signal(&child, Signal::SIGHUP)?;
+    sleep_until(boot_ns() + nanos(NOTICE_LIMIT));
+    assert_eq!(child.try_wait()?, None, "it lives");
     signal(&child, Signal::SIGTERM)?;
     assert_eq!(child.wait()?.code(), Some(128 + 15));
     assert_eq!(left_of(child.id())?, Vec::<String>::new());
