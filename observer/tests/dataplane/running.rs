@@ -5,6 +5,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::libc;
 use observer::clock;
 use observer::dataplane::{
     Counters, Dataplane, Family, LegacySignal, Settings, Status, Update, run,
@@ -277,5 +278,57 @@ fn two_legacy_commits_before_one_read_share_their_span() {
             assert!(change.at.minus(change.uncertainty) <= first);
         }
         assert_eq!(running.counters.legacy_reads.get(), 2 + 1, "both families at start, then once");
+    });
+}
+
+/// Takes `CAP_NET_ADMIN` from the calling thread, and from those it starts from now on, or gives it
+/// back.
+#[expect(unsafe_code, reason = "no wrapper for capset")]
+fn allow_net_admin(allowed: bool) {
+    /// `_LINUX_CAPABILITY_VERSION_3`, this thread.
+    const HEADER: [u32; 2] = [0x2008_0522, 0];
+    const NET_ADMIN: u32 = 1 << 12;
+    // Effective, permitted and inheritable, twice: capabilities 0 to 31 and the others.
+    let mut sets = [0_u32; 6];
+    // SAFETY: both point to as many words as this version of the call has.
+    let got = unsafe { libc::syscall(libc::SYS_capget, HEADER.as_ptr(), sets.as_mut_ptr()) };
+    assert_eq!(got, 0, "capget");
+    sets[0] = if allowed { sets[0] | NET_ADMIN } else { sets[0] & !NET_ADMIN };
+    // SAFETY: as above.
+    let set = unsafe { libc::syscall(libc::SYS_capset, HEADER.as_ptr(), sets.as_ptr()) };
+    assert_eq!(set, 0, "capset");
+}
+
+#[test]
+fn a_failed_legacy_read_is_tried_again_without_another_commit() {
+    in_namespace(|| {
+        // Blocking work on a new thread each time, with this thread's capabilities.
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        runtime.enable_all().thread_keep_alive(Duration::from_millis(1));
+        runtime.build().expect("build a runtime").block_on(async {
+            legacy("0-before");
+            let (mut running, _) = Running::start(16 << 20).await;
+            let from = clock::now();
+            legacy("6-none");
+            let until = clock::now();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            allow_net_admin(false);
+            running.legacy.send(LegacySignal::Missed { from, until }).await.expect("sent");
+            let blind = |update: &Update| matches!(update, Update::Blind(_));
+            for _ in 0..3 {
+                let reported = running.until(blind).await;
+                assert!(reported.removed.is_empty(), "{reported:?}");
+                assert_eq!(reported.blind[0].from, from, "blind until it can be read");
+            }
+            assert!(running.counters.legacy_failures.get() >= 2);
+            allow_net_admin(true);
+            let done =
+                |update: &Update| matches!(update, Update::Status(status) if status.backends == 1);
+            let reported = running.until(done).await;
+            assert_eq!(reported.removed(), expected(&[26, 27, 28], &[]));
+            for change in &reported.removed {
+                assert_eq!(change.at.minus(change.uncertainty), from);
+            }
+        });
     });
 }
