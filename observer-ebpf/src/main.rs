@@ -44,7 +44,7 @@ pub fn socket_error(ctx: BtfTracePointContext) -> i32 {
     socket::error_reported(&ctx)
 }
 
-/// `icmp_send(skb, type, code)`, Linux 5.13: this node answers a packet by ICMP (IPv4 only: there
+/// `icmp_send(skb, type, code)`, absent in Linux 5.10: this node answers a packet by ICMP (IPv4 only: there
 /// is no such tracepoint for ICMPv6).
 #[btf_tracepoint(function = "icmp_send")]
 pub fn icmp_sent(ctx: BtfTracePointContext) -> i32 {
@@ -80,7 +80,7 @@ pub fn process_leader_exited(ctx: BtfTracePointContext) -> i32 {
     task::leader_exited(&ctx)
 }
 
-/// `mark_victim(task, uid)`, Linux 6.8 (before, it passed a bare pid).
+/// `mark_victim(task, uid)`; older kernels pass a bare pid (5.10 does, 6.1.192 does not): BTF decides.
 #[btf_tracepoint(function = "mark_victim")]
 pub fn oom_victim(ctx: BtfTracePointContext) -> i32 {
     task::happened(&ctx, signal::OOM_KILLED)

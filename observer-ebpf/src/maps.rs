@@ -68,7 +68,11 @@ impl BudgetKey {
         Self {
             netns_cookie: event.netns_cookie,
             cgroup_id: event.cgroup_id,
-            local_address: event.local_address,
+            local_address: match event.signal {
+                // The destination is the sender's choice: a scan would get a budget for each.
+                signal::NETFILTER_DROP | signal::ICMP_UNREACHABLE => Ip { first: 0, last: 0 },
+                _ => event.local_address,
+            },
             signal: event.signal,
             reserved: 0,
         }

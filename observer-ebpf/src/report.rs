@@ -3,7 +3,7 @@
 use aya_ebpf::{EbpfContext, helpers::bpf_ktime_get_boot_ns, maps::lpm_trie::Key};
 use aya_log_ebpf::warn;
 use observer_common::{
-    ArrivalCount, ArrivalKey, Event, Ip, ProbedPort, SignalCounts, outcome, source,
+    ArrivalCount, ArrivalKey, Event, Ip, ProbedPort, SignalCounts, outcome, signal, source,
 };
 
 use crate::maps::{
@@ -13,6 +13,9 @@ use crate::maps::{
 
 /// Details per key and second. A rollout refuses tens per second at one pod; more is a flood.
 const BURST: u32 = 64;
+/// The same for signals and exits, by container: the end of its main process must not be lost among
+/// short-lived helpers' ends.
+const PROCESS_BURST: u32 = 512;
 /// Length of a budget's window.
 const WINDOW_NS: u64 = 1_000_000_000;
 
@@ -150,7 +153,11 @@ fn within_budget(event: &mut Event) -> bool {
         budget.window_start_ns = event.boot_ns;
         budget.sent = 0;
     }
-    if budget.sent >= BURST {
+    let burst = match event.signal {
+        signal::PROCESS_SIGNALLED | signal::PROCESS_EXITED => PROCESS_BURST,
+        _ => BURST,
+    };
+    if budget.sent >= burst {
         budget.suppressed += 1;
         return false;
     }

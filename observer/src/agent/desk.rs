@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use observer_common::SignalCounts;
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{debug, info, warn};
@@ -24,7 +25,7 @@ use crate::facts::{
     BackendChange, BackendStep, Blindness, BootNs, ClusterFact, Happening, KernelEvent,
 };
 use crate::kernel::addresses::Addresses;
-use crate::kernel::counters::{Counters, SIGNAL_NAMES};
+use crate::kernel::counters::{Counters, Reading, SIGNAL_NAMES};
 use crate::kernel::{EventCounts, Probes};
 use crate::metrics::Metrics;
 use crate::readiness::{Item, Readiness};
@@ -73,8 +74,16 @@ pub(super) struct Desk {
     watched: BTreeSet<IpAddr>,
     /// Whether everything worked at the last tick.
     ready: bool,
-    /// Details lost in the kernel as of the last tick, and when that was.
-    lost: (u64, BootNs),
+    lost: Losses,
+}
+
+/// What the kernel had lost at a moment.
+struct Losses {
+    /// Details that did not fit the ring buffer.
+    events: u64,
+    /// New connections that did not fit the map of exact counts.
+    counts: u64,
+    at: BootNs,
 }
 
 impl Desk {
@@ -86,7 +95,7 @@ impl Desk {
             shown,
             watched: BTreeSet::new(),
             ready: false,
-            lost: (0, clock::now()),
+            lost: Losses { events: 0, counts: 0, at: clock::now() },
         }
     }
 
@@ -206,14 +215,27 @@ impl Desk {
         for (errno, count) in &reading.errnos {
             metrics.set_connect_failures(*errno, *count);
         }
-        let lost = reading.signals.iter().map(|counts| counts.ring_full + counts.map_full).sum();
-        let (lost_before, seen_until) = std::mem::replace(&mut self.lost, (lost, now));
-        if lost > lost_before {
-            let source = "ring buffer";
-            self.correlator.record_blindness(Blindness { from: seen_until, until: now, source });
-            self.legacy.missed_since(seen_until);
-        }
+        self.note_losses(&reading, now);
         Ok(())
+    }
+
+    /// What was lost in the kernel between the reading before the last and this one. `now` is from
+    /// before this reading, so the next span begins there.
+    fn note_losses(&mut self, reading: &Reading, now: BootNs) {
+        let until = clock::now();
+        let sum = |lost: fn(&SignalCounts) -> u64| reading.signals.iter().map(lost).sum();
+        let totals = Losses { events: sum(|c| c.ring_full), counts: sum(|c| c.map_full), at: now };
+        let before = std::mem::replace(&mut self.lost, totals);
+        let mut blind = |source| {
+            self.correlator.record_blindness(Blindness { from: before.at, until, source });
+        };
+        if self.lost.events > before.events {
+            blind("ring buffer");
+            self.legacy.missed_since(before.at);
+        }
+        if self.lost.counts > before.counts {
+            blind("arrival counts");
+        }
     }
 
     fn show(&self, inbox: &Inbox) {

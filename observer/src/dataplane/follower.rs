@@ -3,7 +3,7 @@
 //! Whatever is reported carries the span it happened in: for a commit that was heard, from its
 //! arrival; after a loss, from the last moment when nothing was waiting to be read.
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,8 +45,16 @@ struct Legacy {
     readers: HashMap<Family, Arc<Reader>>,
     /// Which hold kube-proxy's rules.
     in_use: BTreeSet<Family>,
-    /// Since when a table that could not be read is unknown.
-    unread_since: Option<BootNs>,
+    /// The tables that could not be read, and since when they are unknown.
+    unread_since: BTreeMap<Family, BootNs>,
+}
+
+impl Legacy {
+    /// What became of a table since `from` is unknown until it is read.
+    fn unread(&mut self, family: Family, from: BootNs) {
+        let since = self.unread_since.entry(family).or_insert(from);
+        *since = from.min(*since);
+    }
 }
 
 /// The rules, and who is told of their changes.
@@ -86,8 +94,11 @@ impl Follower {
         let at = clock::now();
         follower.nft = follower.dump().await?;
         let mut reached = follower.all_nft();
-        for family in [Family::V4, Family::V6] {
-            reached.extend(follower.legacy_table(family).await.map(|(reached, _)| reached));
+        for family in follower.legacy_families() {
+            match follower.legacy_table(family).await {
+                Some((table, _)) => reached.push(table),
+                None => follower.legacy.unread(family, at),
+            }
         }
         follower.backends.replace(reached);
         let backends = follower.backends.all().into_iter().collect();
@@ -188,12 +199,15 @@ impl Follower {
         while let Some(signal) = ahead.pop_front() {
             match signal {
                 LegacySignal::Missed { from, .. } => {
-                    self.reread_legacy(&[Family::V4, Family::V6], from).await;
+                    for family in self.legacy_families() {
+                        self.legacy.unread(family, from);
+                    }
+                    self.read_unread().await;
                 }
                 LegacySignal::Commit { at, family } => {
                     self.counters.commits.increase();
-                    if let Some(from) = self.legacy.unread_since.take() {
-                        self.reread_legacy(&[Family::V4, Family::V6], from).await;
+                    if self.legacy.unread_since.contains_key(&family) {
+                        self.read_unread().await;
                         continue;
                     }
                     let (reading, read_at) =
@@ -204,7 +218,7 @@ impl Follower {
                             let uncertainty = call + span(first, last);
                             self.replace(vec![reached], last, uncertainty).await;
                         }
-                        None => self.legacy.unread_since = Some(first),
+                        None => self.legacy.unread(family, first),
                     }
                 }
             }
@@ -236,12 +250,28 @@ impl Follower {
         }
     }
 
-    async fn reread_legacy(&mut self, families: &[Family], from: BootNs) {
-        let mut tables = Vec::new();
-        for family in families {
-            tables.extend(self.legacy_table(*family).await.map(|(reached, _)| reached));
+    /// Whether a table could not be read: what it holds is not known until
+    /// [`Self::read_unread`] succeeds.
+    pub(super) fn has_unread(&self) -> bool {
+        !self.legacy.unread_since.is_empty()
+    }
+
+    /// Reads the tables that are unknown. One that cannot be read stays so, and the time until now
+    /// is blind all the same: a termination may end before the table can be read.
+    pub(super) async fn read_unread(&mut self) {
+        for (family, from) in self.legacy.unread_since.clone() {
+            let reading = self.legacy_table(family).await;
+            if reading.is_some() {
+                self.legacy.unread_since.remove(&family);
+            }
+            let tables = reading.into_iter().map(|(table, _)| table).collect();
+            self.replace_blindly(tables, from, "legacy commits").await;
         }
-        self.replace_blindly(tables, from, "legacy commits").await;
+    }
+
+    /// The IP versions that this kernel has.
+    fn legacy_families(&self) -> Vec<Family> {
+        self.legacy.readers.keys().copied().collect()
     }
 
     /// What the legacy table of an IP version reaches, and how long the call that wrote it may
@@ -254,7 +284,11 @@ impl Follower {
             Ok(Ok(reading)) => reading,
             Ok(Err(error)) | Err(error) => {
                 self.counters.legacy_failures.increase();
-                warn!("{error:#}");
+                if self.legacy.unread_since.contains_key(&family) {
+                    debug!("still: {error:#}");
+                } else {
+                    warn!("{error:#}; trying again until it works");
+                }
                 return None;
             }
         };

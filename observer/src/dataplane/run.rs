@@ -1,9 +1,16 @@
 //! The shell: waits for whatever comes first and lets the [`Follower`] work on it.
 
+use std::time::Duration;
+
 use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval};
 
 use super::follower::Follower;
 use super::{LegacySignal, Settings, Update};
+
+/// How long after a legacy table could not be read it is tried again: what it holds is unknown until
+/// then, and the next commit may be hours away.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Follows the rules of the network namespace this is called in until the receiver of `updates`
 /// is gone (`Ok`) or the rules cannot be read any more. `legacy` may be closed at any time.
@@ -16,10 +23,13 @@ pub async fn run(
     updates: mpsc::Sender<Update>,
 ) -> anyhow::Result<()> {
     let mut follower = Follower::start(&settings, updates.clone()).await?;
+    let mut retry = interval(RETRY);
+    retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while !updates.is_closed() {
         tokio::select! {
             arrival = follower.next() => follower.take(arrival?).await?,
             Some(signal) = legacy.recv() => follower.read_legacy(signal, &mut legacy).await,
+            _ = retry.tick(), if follower.has_unread() => follower.read_unread().await,
             () = updates.closed() => {}
         }
     }

@@ -64,48 +64,82 @@ impl Addresses {
     /// them as from the same node.
     ///
     /// # Errors
-    /// When a map is full; the addresses before it are set.
+    /// The first one, when a map is full: every address that it has room for is set all the same.
     pub fn set_local(&mut self, wanted: &BTreeSet<IpAddr>) -> anyhow::Result<()> {
-        for gone in self.present.difference(wanted).copied().collect::<Vec<_>>() {
-            self.local.remove(&ip(gone)).context("cannot remove a pod address")?;
-            self.ranges.remove(&key(Range::host(gone))).context("cannot remove a pod source")?;
-            self.present.remove(&gone);
-        }
-        for new in wanted.difference(&self.present).copied().collect::<Vec<_>>() {
-            self.local
-                .insert(ip(new), 1, 0)
-                .with_context(|| format!("cannot watch the pod address {new}"))?;
-            self.classify(Range::host(new), Origin::SameNode)?;
-            self.present.insert(new);
-        }
-        Ok(())
+        let Self { local, ranges, present, .. } = self;
+        let set = |address: &IpAddr, present| {
+            let (address, range) = (ip(*address), key(Range::host(*address)));
+            if present {
+                ranges.insert(&range, source::SAME_NODE, 0)?;
+                return local.insert(address, 1, 0);
+            }
+            absent_is_removed(local.remove(&address))?;
+            absent_is_removed(ranges.remove(&range))
+        };
+        bring_into_line(present, wanted, set).context("cannot watch a pod address")
     }
-}
 
-impl Addresses {
     /// Makes the programs take connections from the node itself to exactly these pod ports for the
     /// kubelet's probes.
     ///
     /// # Errors
-    /// When the map is full; the ports before it are set.
+    /// The first one, when the map is full: every port that it has room for is set all the same.
     pub fn set_probed(&mut self, wanted: &BTreeSet<(IpAddr, u16)>) -> anyhow::Result<()> {
-        for gone in self.probes.difference(wanted).copied().collect::<Vec<_>>() {
-            match self.probed.remove(&probed(gone)) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(error).context("cannot remove a probed port"),
+        let Self { probed, probes, .. } = self;
+        let set = |port: &(IpAddr, u16), present| {
+            let port = probed_port(*port);
+            if present {
+                probed.insert(port, 1, 0)
+            } else {
+                absent_is_removed(probed.remove(&port))
             }
-            self.probes.remove(&gone);
-        }
-        for new in wanted.difference(&self.probes).copied().collect::<Vec<_>>() {
-            let context = || format!("cannot tell probes of {}:{} apart", new.0, new.1);
-            self.probed.insert(probed(new), 1, 0).with_context(context)?;
-            self.probes.insert(new);
-        }
-        Ok(())
+        };
+        bring_into_line(probes, wanted, set).context("cannot tell probes of a pod apart")
     }
 }
 
-fn probed((address, port): (IpAddr, u16)) -> ProbedPort {
+/// Removes what is present and not wanted, then adds what is wanted and not present: `set` makes one
+/// present or not. What fails is tried again the next time and keeps nothing else from being done.
+fn bring_into_line<T: Clone + Ord, E>(
+    present: &mut BTreeSet<T>,
+    wanted: &BTreeSet<T>,
+    mut set: impl FnMut(&T, bool) -> Result<(), E>,
+) -> Result<(), E> {
+    let gone: Vec<T> = present.difference(wanted).cloned().collect();
+    let new: Vec<T> = wanted.difference(present).cloned().collect();
+    let mut outcome = Ok(());
+    for item in gone {
+        match set(&item, false) {
+            Ok(()) => {
+                present.remove(&item);
+            }
+            Err(error) => outcome = outcome.and(Err(error)),
+        }
+    }
+    for item in new {
+        match set(&item, true) {
+            Ok(()) => {
+                present.insert(item);
+            }
+            Err(error) => outcome = outcome.and(Err(error)),
+        }
+    }
+    outcome
+}
+
+fn absent_is_removed(removed: Result<(), MapError>) -> Result<(), MapError> {
+    match removed {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.kind() == std::io::ErrorKind::NotFound =>
+        {
+            Ok(())
+        }
+        removed => removed,
+    }
+}
+
+fn probed_port((address, port): (IpAddr, u16)) -> ProbedPort {
     ProbedPort { address: ip(address), port: u32::from(port), reserved: 0 }
 }
 
@@ -132,6 +166,22 @@ fn ip(address: IpAddr) -> Ip {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_failure_keeps_nothing_else_from_being_done_and_is_tried_again() {
+        let mut present = BTreeSet::from([1, 2, 3]);
+        let wanted = BTreeSet::from([3, 4, 5]);
+        let fails = |number: &i32, _| if matches!(number, 1 | 4) { Err(*number) } else { Ok(()) };
+        assert_eq!(bring_into_line(&mut present, &wanted, fails), Err(1), "the first is told");
+        assert_eq!(present, BTreeSet::from([1, 3, 5]));
+        let mut tried = Vec::new();
+        let works = |number: &i32, wanted| {
+            tried.push((*number, wanted));
+            Ok::<(), i32>(())
+        };
+        assert_eq!(bring_into_line(&mut present, &wanted, works), Ok(()));
+        assert_eq!((present, tried), (wanted, vec![(1, false), (4, true)]));
+    }
 
     #[test]
     fn an_ipv4_range_is_keyed_below_the_mapped_prefix() {

@@ -5,5 +5,6 @@ mod captures;
 mod families;
 mod foreign;
 mod namespace;
+mod overrun;
 mod running;
 mod timing;

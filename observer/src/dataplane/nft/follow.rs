@@ -50,6 +50,8 @@ pub struct Follow {
     ruleset: Ruleset,
     generation: u32,
     batch: Vec<(TableId, Change)>,
+    /// The batch lacks a message that could not be read.
+    incomplete: bool,
     /// Earliest arrival and reading time of the batch's first message.
     began: Option<(BootNs, BootNs)>,
 }
@@ -81,11 +83,18 @@ impl Follow {
                 self.batch.push((table, change));
                 if self.batch.len() > BATCH_MAX { Step::Lost } else { Step::Nothing }
             }
+            // At the commit's end, so that a commit of many such messages is read anew once.
+            Message::Unreadable => {
+                self.incomplete = true;
+                Step::Nothing
+            }
+            Message::Cut => Step::Lost,
             Message::Generation(generation) => {
+                let incomplete = mem::take(&mut self.incomplete);
                 let batch = mem::take(&mut self.batch);
                 let (earliest, at) = self.began.take().unwrap_or((earliest, read));
                 let next = self.generation.checked_add(1).unwrap_or(1);
-                if generation == next {
+                if generation == next && !incomplete {
                     self.generation = generation;
                     self.commit(batch, at, earliest, read)
                 } else if generation.wrapping_sub(self.generation).cast_signed() <= 0 {
@@ -164,6 +173,24 @@ mod tests {
         assert_eq!(at(7).step(Message::Generation(9), T[0], T[0]), Step::Lost);
         let wrapped = at(u32::MAX).step(Message::Generation(1), T[0], T[0]);
         assert!(matches!(wrapped, Step::Commit(_)));
+    }
+
+    #[test]
+    fn a_commit_with_an_unreadable_message_is_a_loss_and_is_not_applied() {
+        let mut follow = at(7);
+        follow.step(table(), T[0], T[0]);
+        assert_eq!(follow.step(Message::Unreadable, T[0], T[0]), Step::Nothing);
+        assert_eq!(follow.step(Message::Generation(8), T[0], T[0]), Step::Lost);
+        assert_eq!(follow.ruleset().tables().count(), 0);
+        assert_eq!(at(7).step(Message::Cut, T[0], T[0]), Step::Lost);
+    }
+
+    #[test]
+    fn an_unreadable_message_of_a_commit_that_the_dump_showed_is_passed_over() {
+        let mut follow = at(7);
+        follow.step(Message::Unreadable, T[0], T[0]);
+        assert_eq!(follow.step(Message::Generation(7), T[0], T[0]), Step::Nothing);
+        assert!(matches!(follow.step(Message::Generation(8), T[0], T[0]), Step::Commit(_)));
     }
 
     #[test]

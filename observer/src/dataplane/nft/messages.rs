@@ -91,6 +91,11 @@ pub enum Message {
     Generation(u32),
     /// Something in a table.
     In(TableId, Change),
+    /// Something in a table that is not what the kernel writes: its commit is not known whole.
+    Unreadable,
+    /// The rest of a datagram, or a commit's number, is not what the kernel writes: no later
+    /// message need tell that something is missing.
+    Cut,
 }
 
 /// What a message says of its table.
@@ -131,14 +136,19 @@ pub(super) fn decode(frame: &Frame<'_>) -> Result<(Message, u64), Passed> {
     }
     let (header, body) = frame.payload.split_at_checked(FAMILY_HEADER_BYTES).ok_or(Malformed)?;
     if kind == kind::NEW_GENERATION {
-        let [_, id] = fields::<2>(body)?;
-        return Ok((Message::Generation(be32(id.ok_or(Malformed)?)?), 0));
+        return Ok((generation(body).map_or(Message::Cut, Message::Generation), 0));
     }
     let family = TableFamily::from_number(header[0]).ok_or(Passed::Foreign)?;
     let (change, unknown) = change(kind, family, body)?;
     // NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE, …_LIST_TABLE: all 1.
     let [_, table] = fields::<2>(body)?;
     Ok((Message::In(TableId { family, name: name(table)?.into() }, change), unknown))
+}
+
+/// `NFTA_GEN_ID` 1.
+fn generation(body: &[u8]) -> Result<u32, Malformed> {
+    let [_, id] = fields::<2>(body)?;
+    be32(id.ok_or(Malformed)?)
 }
 
 fn change(kind: u8, family: TableFamily, body: &[u8]) -> Result<(Change, u64), Passed> {

@@ -132,7 +132,9 @@ fn listen(socket: &OwnedFd, arrivals: &mpsc::Sender<io::Result<Arrival>>) {
         let read_at = clock::now();
         let datagram = match datagram {
             Ok(datagram) => Ok(Some(datagram.to_vec())),
-            Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => Ok(None),
+            Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {
+                drain(socket, &mut buffer, arrivals).map(|()| None)
+            }
             Err(error) => match error.kind() {
                 io::ErrorKind::FileTooLarge => Ok(None),
                 io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => continue,
@@ -146,6 +148,28 @@ fn listen(socket: &OwnedFd, arrivals: &mpsc::Sender<io::Result<Arrival>>) {
             return;
         }
     }
+}
+
+/// Reads and drops what still waits. After an overrun the kernel drops every further message
+/// without a word until the socket is empty, so that a read of all rules begun before would miss
+/// commits; begun afterwards, it shows all that these messages say.
+fn drain(
+    socket: &OwnedFd,
+    buffer: &mut [u8],
+    arrivals: &mpsc::Sender<io::Result<Arrival>>,
+) -> io::Result<()> {
+    while !arrivals.is_closed() {
+        match receive(socket, buffer, MsgFlags::MSG_DONTWAIT) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {}
+            Err(error) => match error.kind() {
+                io::ErrorKind::FileTooLarge | io::ErrorKind::Interrupted => {}
+                _ => return Err(error),
+            },
+            Ok(_) => {}
+        }
+    }
+    Ok(())
 }
 
 /// How long this thread has been ready to run without running, in all (`/proc/…/schedstat`,
