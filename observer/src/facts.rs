@@ -27,6 +27,12 @@ impl BootNs {
         }
     }
 
+    /// The time from `earlier` to `self`; zero when it is not earlier.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+
     /// `self + duration`, saturating.
     #[must_use]
     pub fn plus(self, duration: Duration) -> Self {

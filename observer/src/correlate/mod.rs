@@ -167,16 +167,14 @@ impl Correlator {
     /// The ports of this node's pods that the kubelet probes.
     #[must_use]
     pub fn probed_ports(&self) -> BTreeSet<(IpAddr, u16)> {
+        let mut probed = BTreeSet::new();
         let present = self.pods.values().filter(|pod| pod.removed.is_none());
-        let watched = present.filter_map(|pod| pod.watched.as_ref());
-        let ports = |watched: &pods::Watched| -> Vec<(IpAddr, u16)> {
-            let of = |address: &IpAddr| {
-                let address = *address;
-                watched.probed_ports.iter().map(move |port| (address, *port))
-            };
-            watched.addresses.keys().flat_map(of).collect()
-        };
-        watched.flat_map(ports).collect()
+        for watched in present.filter_map(|pod| pod.watched.as_ref()) {
+            for address in watched.addresses.keys() {
+                probed.extend(watched.probed_ports.iter().map(|port| (*address, *port)));
+            }
+        }
+        probed
     }
 
     /// Connections refused at this node's pods since the observer started, at any time of the

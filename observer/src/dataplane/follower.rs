@@ -215,7 +215,7 @@ impl Follower {
                     let (first, last) = commits_seen(&mut ahead, at, family, read_at);
                     match reading {
                         Some((reached, call)) => {
-                            let uncertainty = call + span(first, last);
+                            let uncertainty = call + last.since(first);
                             self.replace(vec![reached], last, uncertainty).await;
                         }
                         None => self.legacy.unread(family, first),
@@ -311,7 +311,7 @@ impl Follower {
     ) {
         let until = clock::now();
         self.send(Update::Blind(Blindness { from, until, source })).await;
-        self.replace(reached, until, span(from, until)).await;
+        self.replace(reached, until, until.since(from)).await;
     }
 
     async fn replace(
@@ -374,8 +374,4 @@ fn commits_seen(
         _ => true,
     });
     (first, last)
-}
-
-fn span(from: BootNs, until: BootNs) -> Duration {
-    Duration::from_nanos(until.0.saturating_sub(from.0))
 }

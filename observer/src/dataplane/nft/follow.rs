@@ -116,8 +116,8 @@ impl Follow {
         let Ok(tables) = self.ruleset.commit(batch) else { return Step::Lost };
         // The walk over the transaction that precedes the first message is about as long as the
         // one that sends them.
-        let sending = Duration::from_nanos(last.0.saturating_sub(at.0));
-        let reading = Duration::from_nanos(at.0.saturating_sub(earliest.0));
+        let sending = last.since(at);
+        let reading = at.since(earliest);
         Step::Commit(Commit { at, uncertainty: DELIVERY + sending + reading, tables })
     }
 }
