@@ -3,6 +3,7 @@
 //! Must build on a machine that has nothing but rustup, git, gcc and make, so it never depends on
 //! the observer itself, which needs what `setup` installs.
 
+mod bench;
 mod build;
 mod ci;
 mod lint;
@@ -39,6 +40,8 @@ enum Command {
     Test(test::Args),
     /// Watch pods being replaced, without a preStop sleep and with the recommended one.
     Demo(xtask::demo::Args),
+    /// Measure speed and size, and compare them with what they may be.
+    Bench(bench::Args),
     /// lint, test and demo, each timed: what must pass before a merge.
     Ci,
     /// The server inside one of the lab's pods.
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Command::Lint => lint::run(),
         Command::Test(args) => test::run(&args),
         Command::Demo(args) => demo(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Ci => ci::run(),
         Command::LabPod(args) => xtask::lab::pod::run(&args),
     };
