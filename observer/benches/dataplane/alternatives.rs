@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, ensure};
 use nix::time::{ClockId, clock_gettime};
 use observer::clock;
 use observer::facts::BootNs;
@@ -71,18 +71,21 @@ impl Drop for Monitor {
     }
 }
 
-/// Lists all rules and counts the lines or words that send to a backend, as the least that finding
-/// a change takes.
-pub(crate) fn list(place: &Place, words: &[&str], mark: &str, expected: usize) -> Result<Cost> {
-    let (printed, mut cost) = place.print(words)?;
+/// Lists all rules and counts the words that send to a backend, as the least that finding a change
+/// takes. `None` when the listing took too long.
+pub(crate) fn list(
+    place: &Place,
+    words: &[&str],
+    mark: &str,
+    expected: usize,
+) -> Result<Option<Cost>> {
+    let Some((printed, mut cost)) = place.print(words)? else { return Ok(None) };
     let (began, cpu_before) = (clock::now(), thread_cpu()?);
     let found = String::from_utf8_lossy(&printed).matches(mark).count();
-    if found != expected {
-        bail!("{} shows {found} of {expected} {mark}", words.join(" "));
-    }
+    ensure!(found == expected, "{} shows {found} of {expected} {mark}", words.join(" "));
     cost.elapsed += clock::now().since(began);
     cost.cpu += thread_cpu()?.saturating_sub(cpu_before);
-    Ok(cost)
+    Ok(Some(cost))
 }
 
 /// What this thread used so far.

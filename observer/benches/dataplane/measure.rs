@@ -10,7 +10,7 @@ use observer::facts::BackendStep;
 
 use crate::alternatives::{Monitor, list, thread_cpu};
 use crate::followed::{Followed, Sample};
-use crate::place::{Cost, Place};
+use crate::place::{Cost, LISTING, Place};
 use crate::report::{Report, mb, median, ms, p99, spread};
 use crate::rules::{self, BACKENDS, iptables};
 use crate::{SIZES, say};
@@ -145,7 +145,7 @@ pub(crate) fn iptables_legacy(report: &mut Report) -> Result<()> {
     );
     say("iptables-legacy: nothing changes");
     let followed = follow(&places)?;
-    let reads = || [0, 1].map(|size: usize| followed[size].counters.legacy_reads.get());
+    let reads = || [0, 1].map(|size: usize| followed[size].counters.table_reads.get());
     let before = reads();
     sleep(IDLE);
     let [small, large] = [0, 1].map(|size: usize| reads()[size] - before[size]);
@@ -235,7 +235,10 @@ fn list_row(
         list(&places[0], words, mark, SIZES[0] * marks)?,
         list(&places[1], words, mark, SIZES[1] * marks)?,
     ];
-    let shown = |Cost { elapsed, cpu }| format!("{}, CPU {}", ms(elapsed), ms(cpu));
+    let shown = |cost: Option<Cost>| match cost {
+        Some(Cost { elapsed, cpu }) => format!("{}, CPU {}", ms(elapsed), ms(cpu)),
+        None => format!("not done after {} s", LISTING.as_secs()),
+    };
     report.note(format!("instead, `{what}` and a search, once"), costs.map(shown));
     Ok(())
 }

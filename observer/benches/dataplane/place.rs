@@ -14,6 +14,11 @@ use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::{TimeVal, TimeValLike as _};
 use observer::clock;
 
+/// How long a listing may take: iptables-nft-save was seen to need minutes for 10,000 Services.
+pub(crate) const LISTING: Duration = Duration::from_secs(15);
+/// What `timeout` ends with then.
+const TIMED_OUT: i32 = 124;
+
 /// A network namespace.
 pub(crate) struct Place {
     namespace: File,
@@ -67,17 +72,24 @@ impl Place {
     }
 
     /// Runs a tool that prints rules and reads what it prints; gives that and what the tool took.
-    pub(crate) fn print(&self, words: &[&str]) -> Result<(Vec<u8>, Cost)> {
+    /// `None` when it was not done after [`LISTING`].
+    pub(crate) fn print(&self, words: &[&str]) -> Result<Option<(Vec<u8>, Cost)>> {
         self.enter()?;
         let (began, cpu_before) = (clock::now(), children_cpu()?);
-        let mut child = self.tool(words).stdout(Stdio::piped()).spawn().context(words.join(" "))?;
+        let limit = LISTING.as_secs().to_string();
+        let mut command = self.tool(&["timeout", &limit]);
+        let mut child = command.args(words).stdout(Stdio::piped()).spawn().context("timeout")?;
         let mut printed = Vec::new();
         if let Some(mut stdout) = child.stdout.take() {
             stdout.read_to_end(&mut printed).context("read the rules")?;
         }
-        ensure!(child.wait()?.success(), "{} failed", words.join(" "));
+        let status = child.wait()?;
+        if status.code() == Some(TIMED_OUT) {
+            return Ok(None);
+        }
+        ensure!(status.success(), "{} failed", words.join(" "));
         let cpu = children_cpu()?.saturating_sub(cpu_before);
-        Ok((printed, Cost { elapsed: clock::now().since(began), cpu }))
+        Ok(Some((printed, Cost { elapsed: clock::now().since(began), cpu })))
     }
 }
 

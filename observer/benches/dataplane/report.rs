@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::say;
+
 /// A bound that the large set of rules has to keep, and whether it did.
 pub(crate) struct Bound {
     pub(crate) words: String,
@@ -24,7 +26,7 @@ pub(crate) struct Report {
 impl Report {
     /// A line without a bound.
     pub(crate) fn note(&mut self, what: impl Into<String>, figures: [String; 2]) {
-        self.rows.push(Row { what: what.into(), figures, bound: None });
+        self.add(Row { what: what.into(), figures, bound: None });
     }
 
     /// A line with a bound.
@@ -36,7 +38,12 @@ impl Report {
         kept: bool,
     ) {
         let bound = Some(Bound { words: words.into(), kept });
-        self.rows.push(Row { what: what.into(), figures, bound });
+        self.add(Row { what: what.into(), figures, bound });
+    }
+
+    fn add(&mut self, row: Row) {
+        say(&format!("  {}: {}", row.what, row.figures.join(" | ")));
+        self.rows.push(row);
     }
 
     /// What did not keep its bound.

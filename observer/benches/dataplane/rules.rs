@@ -36,6 +36,13 @@ fn name(service: usize) -> String {
     format!("default/service-{service}:http")
 }
 
+/// In place of kube-proxy's hashes: spread as evenly, so that chains come in no order.
+fn hash(number: usize) -> u64 {
+    /// Odd, so that no two numbers meet; 2^64 divided by the golden ratio.
+    const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+    u64::try_from(number).unwrap_or(u64::MAX).wrapping_mul(SPREAD)
+}
+
 fn line(text: &mut String, line: &str) {
     text.push_str(line);
     text.push('\n');
@@ -46,7 +53,7 @@ pub(crate) mod nftables {
     use super::*;
 
     fn chain(service: usize) -> String {
-        format!("service-{service:08X}-default/service-{service}/tcp/http")
+        format!("service-{:08X}-default/service-{service}/tcp/http", hash(service) >> 32)
     }
 
     /// All rules of so many Services.
@@ -96,11 +103,11 @@ pub(crate) mod iptables {
     use super::*;
 
     fn service_chain(service: usize) -> String {
-        format!("KUBE-SVC-{service:016X}")
+        format!("KUBE-SVC-{:016X}", hash(service))
     }
 
     fn endpoint_chain(service: usize, backend: usize) -> String {
-        format!("KUBE-SEP-{:016X}", service * BACKENDS + backend)
+        format!("KUBE-SEP-{:016X}", hash(service * BACKENDS + backend))
     }
 
     /// All rules of so many Services, in parts that the tool takes in one after another.
