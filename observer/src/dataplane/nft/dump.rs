@@ -101,8 +101,8 @@ impl Dumper {
     fn generation(&mut self, counters: &Counters) -> Result<u32, Fault> {
         let mut generation = None;
         self.ask(kind::GET_GENERATION, ONE, None, counters, |message| {
-            if let Message::Generation(id) = message {
-                generation = Some(id);
+            if let Message::Generation { number, .. } = message {
+                generation = Some(number);
             }
             Ok(())
         })?;
