@@ -148,7 +148,7 @@ pub fn slices(bytes: &[u8]) {
     let facts = fuzzing::slices(bytes, NOW, WallOffset::fixed(0, BootNs(0)));
     for fact in facts {
         if let observer::facts::ClusterFact::Slice(slice) = fact {
-            assert!(slice.endpoints.len() <= SLICE_ENDPOINTS.max(bytes.len()));
+            assert!(slice.endpoints.len() <= SLICE_ENDPOINTS);
         }
     }
 }

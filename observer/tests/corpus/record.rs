@@ -4,7 +4,7 @@
 //! The JSON and the names in the corpus are written by hand, in the form of the API server's, the
 //! agents' and the kubelet's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::fd::AsRawFd as _;
 
@@ -119,7 +119,8 @@ fn dump_answers() -> Vec<u8> {
     let follow = dump(&Counters::default());
     let mut requests: Vec<_> = EVERYTHING.map(|kind| (kind, 0, Vec::new())).into();
     for (id, table) in follow.ruleset().tables() {
-        for map in table.maps.keys() {
+        // In the same order in every run.
+        for map in table.maps.keys().collect::<BTreeSet<_>>() {
             let body = [attribute(1, &id.name), attribute(2, map)].concat();
             requests.push((ELEMENTS, id.family.number(), body));
         }
