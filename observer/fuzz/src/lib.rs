@@ -18,8 +18,11 @@ use observer::kernel::decode::{Undecodable, decode};
 use observer::kernel::layout;
 use observer::report::{NodeAnswer, merge, render};
 
-/// Every function here, by its name.
-pub const ALL: [(&str, fn(&[u8])); 9] = [
+/// Takes any bytes.
+pub type Parser = fn(&[u8]);
+
+/// Every parser, by its name.
+pub const ALL: [(&str, Parser); 9] = [
     ("agent_answers", agent_answers),
     ("kernel_btf", kernel_btf),
     ("kernel_event", kernel_event),

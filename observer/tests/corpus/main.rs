@@ -27,7 +27,8 @@ fn fuzz() -> PathBuf {
 /// The files of one parser, by name; at least one.
 fn files(parser: &str) -> Vec<(String, Vec<u8>)> {
     let folder = fuzz().join("corpus").join(parser);
-    let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("{folder:?}: {error}"));
+    let entries =
+        fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let mut files: Vec<_> = entries
         .map(|entry| {
             let path = entry.expect("a readable folder").path();
@@ -35,7 +36,7 @@ fn files(parser: &str) -> Vec<(String, Vec<u8>)> {
         })
         .collect();
     files.sort();
-    assert!(!files.is_empty(), "{folder:?} is empty");
+    assert!(!files.is_empty(), "{} is empty", folder.display());
     files
 }
 
@@ -79,6 +80,7 @@ impl Numbers {
     }
 }
 
+#[expect(clippy::print_stdout, reason = "tells which file it was, when the parser fails")]
 fn feed(parser: &str) {
     static LIMIT: Once = Once::new();
     LIMIT.call_once(|| {

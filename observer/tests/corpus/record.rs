@@ -27,7 +27,8 @@ const IP6TABLES: &str = "*nat
 :KUBE-SEP-A - [0:0]
 -A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES
 -A KUBE-SERVICES -d fd01::1/128 -p tcp -m tcp --dport 80 -j KUBE-SEP-A
--A KUBE-SEP-A -p tcp -m comment --comment \"default/web:http\" -m tcp -j DNAT --to-destination [fd00::12]:8080
+-A KUBE-SEP-A -p tcp -m comment --comment \"default/web:http\" -m tcp -j DNAT \
+--to-destination [fd00::12]:8080
 COMMIT
 ";
 /// Expressions of every kind that `nft` 1.0.6 can write without modules that not every kernel has.
