@@ -15,7 +15,7 @@ pub mod backends;
 pub mod counters;
 mod follower;
 pub mod legacy;
-mod names;
+pub(crate) mod names;
 pub mod nft;
 pub mod reach;
 pub mod rules;
