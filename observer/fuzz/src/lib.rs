@@ -45,10 +45,7 @@ const NOW: BootNs = BootNs(1_000_000_000);
 /// Notifications of any number of commits, from a namespace without tables on.
 pub fn nft_notifications(bytes: &[u8]) {
     let messages = read_datagram(bytes, &Counters::default());
-    let first = messages.iter().find_map(|message| match message {
-        Message::Generation(number) => Some(*number),
-        _ => None,
-    });
+    let first = messages.iter().find_map(Message::generation);
     let before = first.unwrap_or_default().wrapping_sub(1);
     let mut follow = Follow::from_dump(Ruleset::default(), before);
     for message in messages {

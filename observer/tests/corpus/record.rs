@@ -99,14 +99,14 @@ fn nftables(rules: &str) {
 }
 
 fn notifications(subscription: &mut Subscription) -> Vec<u8> {
-    use observer::dataplane::nft::Message;
     let counters = Counters::default();
-    let last = Message::Generation(dump(&counters).generation());
+    let last = Some(dump(&counters).generation());
     let mut bytes = Vec::new();
     loop {
         let datagram = next(subscription).datagram.expect("nothing is lost");
         bytes.extend(&datagram);
-        if read_datagram(&datagram, &counters).contains(&last) {
+        let messages = read_datagram(&datagram, &counters);
+        if messages.iter().any(|message| message.generation() == last) {
             return bytes;
         }
     }

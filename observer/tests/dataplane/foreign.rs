@@ -69,7 +69,7 @@ fn truncated_and_altered_notifications_never_panic() {
         let counters = Counters::default();
         let mut datagrams = Vec::new();
         let mut messages = Vec::new();
-        while !matches!(messages.last(), Some(Message::Generation { .. })) {
+        while messages.last().and_then(Message::generation).is_none() {
             let datagram = next(&mut subscription).datagram.expect("nothing is lost");
             messages.extend(read_datagram(&datagram, &counters));
             datagrams.push(datagram);

@@ -99,9 +99,7 @@ impl Dumper {
     fn generation(&mut self, counters: &Counters) -> Result<u32, Fault> {
         let mut generation = None;
         self.ask(kind::GET_GENERATION, ONE, None, counters, |message| {
-            if let Message::Generation { number, .. } = message {
-                generation = Some(number);
-            }
+            generation = generation.or(message.generation());
         })?;
         generation.ok_or_else(|| anyhow::anyhow!("no nf_tables generation in the answer").into())
     }

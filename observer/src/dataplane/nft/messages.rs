@@ -103,6 +103,17 @@ pub enum Message {
     Cut,
 }
 
+impl Message {
+    /// The number of the commit that this message ends.
+    #[must_use]
+    pub fn generation(&self) -> Option<u32> {
+        match self {
+            Self::Generation { number, .. } => Some(*number),
+            _ => None,
+        }
+    }
+}
+
 /// What a message says of its table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
