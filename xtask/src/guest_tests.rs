@@ -7,7 +7,10 @@ use anyhow::{Context as _, Result, bail, ensure};
 use xtask::guest::kernels::Release;
 use xtask::guest::{Guest, MODULES, PROGRAMS};
 
-use crate::{build::cargo, setup};
+use crate::{
+    build::{cargo, root},
+    setup,
+};
 
 /// Which kernel, and which tests.
 #[derive(Debug, clap::Args)]
@@ -44,6 +47,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             .chain(args.arguments.iter().map(String::as_str))
             .map(str::to_owned)
             .collect(),
+        directory: PathBuf::from(root()).join("target/guest"),
     };
     match guest.run()? {
         0 => Ok(()),

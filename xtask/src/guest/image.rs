@@ -40,7 +40,9 @@ pub fn build(guest: &Guest, kernel: &Kernel, directory: &Path) -> Result<PathBuf
     let mut all: Vec<PathBuf> = guest.programs.iter().map(PathBuf::from).collect();
     all.extend(["busybox".into(), guest.program.clone()]);
     programs::copy(&all, &root)?;
-    let modules = modules::copy(kernel, &guest.modules, &root.join("modules"))?;
+    let release = guest.release.modules.iter().map(|&name| name.to_owned());
+    let wanted: Vec<String> = guest.modules.iter().cloned().chain(release).collect();
+    let modules = modules::copy(kernel, &wanted, &root.join("modules"))?;
 
     let init = root.join("init");
     fs::write(&init, script(guest, &modules)?)?;
@@ -102,6 +104,7 @@ mod tests {
             programs: Vec::new(),
             program: "/target/debug/tests".into(),
             arguments: vec!["--ignored".into()],
+            directory: PathBuf::new(),
         };
         let script = script(&guest, &["x_tables.ko".into(), "ip_tables.ko".into()]).expect("text");
         let at = |words: &str| script.find(words).unwrap_or_else(|| panic!("{words}: {script}"));

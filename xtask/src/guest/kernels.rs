@@ -13,8 +13,11 @@ use std::{env, fmt};
 use anyhow::{Context as _, Result, ensure};
 
 use super::apt::Apt;
+use super::work::Work;
 use crate::step;
 
+/// What split packages are called, before the version.
+const PARTS: &[&str] = &["linux-base-", "linux-binary-", "linux-modules-"];
 /// Part of the kept directories' path: raise it when their layout changes.
 const LAYOUT: &str = "1";
 /// Debian's flavour without drivers for real hardware: the smallest.
@@ -25,15 +28,17 @@ const FLAVOUR: &str = "-cloud-amd64";
 pub struct Release {
     series: &'static str,
     suite: &'static str,
+    /// What tests rely on and later kernels have built in, without a trace.
+    pub(super) modules: &'static [&'static str],
 }
 
 /// Oldest first. No suite carries a cloud kernel of 5.15 or 6.6.
 pub const RELEASES: &[Release] = &[
-    Release { series: "5.10", suite: "bullseye" },
-    Release { series: "6.1", suite: "bookworm" },
-    Release { series: "6.12", suite: "trixie" },
-    Release { series: "6.18", suite: "trixie-backports" },
-    Release { series: "7.2", suite: "trixie-backports" },
+    Release { series: "5.10", suite: "bullseye", modules: &["nft_counter"] },
+    Release { series: "6.1", suite: "bookworm", modules: &[] },
+    Release { series: "6.12", suite: "trixie", modules: &[] },
+    Release { series: "6.18", suite: "trixie-backports", modules: &[] },
+    Release { series: "7.2", suite: "trixie-backports", modules: &[] },
 ];
 
 impl fmt::Display for Release {
@@ -98,9 +103,11 @@ fn cache() -> Result<PathBuf> {
 }
 
 fn fetch(release: Release, kept: &Path) -> Result<()> {
-    let parent = kept.parent().context("a directory to keep it in")?;
-    fs::create_dir_all(parent).with_context(|| format!("cannot write {}", parent.display()))?;
-    let work = tempfile::Builder::new().prefix(".partial-").tempdir_in(parent)?;
+    let work = Work::begin(&kept.with_file_name("partial"))?;
+    if kept.exists() {
+        // Another run fetched it meanwhile.
+        return Ok(());
+    }
     let apt = Apt::of_suite(release.suite, work.path())?;
     let name = newest(&apt.names(&format!("linux-image-{release}."))?)
         .with_context(|| format!("{} has no kernel {release} any more", release.suite))?;
@@ -119,11 +126,7 @@ fn fetch(release: Release, kept: &Path) -> Result<()> {
         "guest: indexing modules",
         Command::new("depmod").arg("--basedir").arg(&complete).arg(version),
     )?;
-    match fs::rename(&complete, kept) {
-        // Another run was quicker; its kernel is as good.
-        Err(_) if kept.exists() => Ok(()),
-        renamed => renamed.with_context(|| format!("cannot write {}", kept.display())),
-    }
+    fs::rename(&complete, kept).with_context(|| format!("cannot write {}", kept.display()))
 }
 
 /// Where this Debian release has it.
@@ -143,13 +146,13 @@ fn newest(names: &[String]) -> Option<String> {
 }
 
 /// The packages to unpack: from 6.19 on `linux-image-*` is empty and depends on the ones that hold
-/// the kernel and its modules.
+/// the kernel (`linux-binary-*`), its modules, and what is said of both (`linux-base-*`).
 fn packages(name: &str, shown: &str) -> Vec<String> {
     let depends = shown.lines().find_map(|line| line.strip_prefix("Depends: ")).unwrap_or_default();
     let split = depends
         .split(", ")
         .filter_map(|dependency| dependency.split(' ').next())
-        .filter(|name| name.starts_with("linux-binary-") || name.starts_with("linux-modules-"));
+        .filter(|name| PARTS.iter().any(|part| name.starts_with(part)));
     std::iter::once(name).chain(split).map(str::to_owned).collect()
 }
 
@@ -172,10 +175,10 @@ mod tests {
     #[test]
     fn split_packages_come_with_their_parts_and_no_others() {
         let shown = "Package: linux-image-7\nDepends: dracut | initramfs-tools (>= 0.120), \
-            linux-binary-7 (= 7-1), linux-modules-7 (= 7-1)\nSize: 1924\n";
+            linux-base-7 (= 7-1), linux-binary-7 (= 7-1), linux-modules-7 (= 7-1)\nSize: 1924\n";
         assert_eq!(
             packages("linux-image-7", shown),
-            ["linux-image-7", "linux-binary-7", "linux-modules-7"]
+            ["linux-image-7", "linux-base-7", "linux-binary-7", "linux-modules-7"]
         );
         assert_eq!(packages("linux-image-6", "Depends: kmod\n"), ["linux-image-6"]);
     }

@@ -12,13 +12,15 @@ pub mod image;
 pub mod kernels;
 mod modules;
 mod programs;
+mod work;
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use crate::step;
 use kernels::{Kernel, Release};
+use work::Work;
 
 /// Everything that kube-proxy's modes and Debian's tools for them ask a kernel for, and the
 /// devices that tests build networks of. Their dependencies come along.
@@ -94,6 +96,8 @@ pub struct Guest {
     pub program: PathBuf,
     /// Its arguments.
     pub arguments: Vec<String>,
+    /// Where the image is built; whatever is there is removed.
+    pub directory: PathBuf,
 }
 
 impl Guest {
@@ -103,15 +107,15 @@ impl Guest {
     /// No kernel, no image, or a guest that ended without an exit code.
     pub fn run(&self) -> Result<u8> {
         let kernel = Kernel::get(self.release)?;
-        let directory = tempfile::tempdir().context("no temporary directory for the guest")?;
+        let work = Work::begin(&self.directory)?;
         let started = step::now();
-        let image = image::build(self, &kernel, directory.path())?;
+        let image = image::build(self, &kernel, work.path())?;
         let size_mb = image.metadata()?.len() / 1_000_000;
         step::say(&format!(
             "guest: Linux {}, image of {size_mb} MB built in {:.1} s",
             kernel.version,
             started.elapsed().as_secs_f64()
         ));
-        emulator::run(&kernel.image, &image, directory.path())
+        emulator::run(&kernel.image, &image, work.path())
     }
 }

@@ -6,12 +6,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use super::apt::output;
 
-/// Where administrators' programs are; a user's search path often lacks it.
-const ADMINISTRATORS: &[&str] = &["/usr/local/sbin", "/usr/sbin", "/sbin"];
 /// What iptables loads at run time by name, so that `ldd` does not tell.
 const XTABLES: &str = "/usr/lib/x86_64-linux-gnu/xtables";
 
@@ -38,10 +36,7 @@ pub(super) fn copy(programs: &[PathBuf], root: &Path) -> Result<()> {
 fn find(program: &Path) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     // An absolute path stays what it is.
-    env::split_paths(&path)
-        .chain(ADMINISTRATORS.iter().map(PathBuf::from))
-        .map(|directory| directory.join(program))
-        .find(|file| file.is_file())
+    env::split_paths(&path).map(|directory| directory.join(program)).find(|file| file.is_file())
 }
 
 /// Without debugging information: it is most of a test program, and a guest's files are its memory.
@@ -70,7 +65,7 @@ fn libraries_of(program: &Path) -> Result<Vec<PathBuf>> {
 /// Reads what `ldd` prints: `name => /path (address)`, or `/path (address)` for the loader.
 fn libraries(ldd: &str) -> Result<Vec<PathBuf>> {
     let missing = ldd.lines().find(|line| line.contains("=> not found"));
-    anyhow::ensure!(missing.is_none(), "library missing: {}", missing.unwrap_or_default().trim());
+    ensure!(missing.is_none(), "library missing: {}", missing.unwrap_or_default().trim());
     let words = ldd.lines().filter_map(|line| {
         let target = line.split_once("=> ").map_or(line, |(_, target)| target);
         target.split_whitespace().next()
