@@ -10,6 +10,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 use ureq::http::Uri;
 
+use crate::dataplane::Dataplane;
 use crate::kernel::addresses::Range;
 use crate::recommend::DEFAULT_MARGIN_SECONDS;
 use crate::report::Output;
@@ -44,6 +45,9 @@ pub enum Command {
     /// Ask the agents of all nodes and print what each workload needs
     #[command(after_help = EXIT_CODES)]
     Report(ReportArgs),
+    /// Print what this node sends new connections to now, by Service; needs no running agent
+    #[command(after_help = EXIT_CODES)]
+    Backends(BackendsArgs),
 }
 
 /// Flags of `observer run`.
@@ -81,6 +85,10 @@ pub struct RunArgs {
     )]
     pub cluster_cidr: Vec<Range>,
 
+    /// What turns Service addresses into pod addresses on this node; auto follows all there are
+    #[arg(long, env = "OBSERVER_DATAPLANE", value_name = "KIND", default_value = "auto")]
+    pub dataplane: DataplaneChoice,
+
     /// How the log is written to stderr
     #[arg(long, env = "OBSERVER_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
@@ -117,6 +125,50 @@ pub struct ReportArgs {
     /// Seconds to add to the largest need seen, before rounding up
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_MARGIN_SECONDS, value_parser = margin)]
     pub margin: f64,
+}
+
+/// Which dataplane to follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DataplaneChoice {
+    /// All that are found; which one serves Services is told by /readyz and metrics.
+    Auto,
+    /// kube-proxy in nftables mode.
+    Nftables,
+    /// kube-proxy in iptables mode over `nf_tables`.
+    IptablesNft,
+    /// kube-proxy in iptables mode over the legacy tables.
+    IptablesLegacy,
+    /// kube-proxy in IPVS mode.
+    Ipvs,
+    /// Cilium in place of kube-proxy.
+    Cilium,
+}
+
+impl DataplaneChoice {
+    /// The only one to follow; `None` for all.
+    #[must_use]
+    pub fn only(self) -> Option<Dataplane> {
+        match self {
+            Self::Auto => None,
+            Self::Nftables => Some(Dataplane::Nftables),
+            Self::IptablesNft => Some(Dataplane::IptablesNft),
+            Self::IptablesLegacy => Some(Dataplane::IptablesLegacy),
+            Self::Ipvs => Some(Dataplane::Ipvs),
+            Self::Cilium => Some(Dataplane::Cilium),
+        }
+    }
+}
+
+/// Flags of `observer backends`.
+#[derive(Debug, Args)]
+pub struct BackendsArgs {
+    /// What turns Service addresses into pod addresses on this node; auto reads all there are
+    #[arg(long, env = "OBSERVER_DATAPLANE", value_name = "KIND", default_value = "auto")]
+    pub dataplane: DataplaneChoice,
+
+    /// How they are printed
+    #[arg(long, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
 }
 
 /// How the log is written.
@@ -230,7 +282,7 @@ mod tests {
         let line = ["observer", "run", "--node-name=node-1"].iter().chain(flags);
         match Cli::try_parse_from(line).map_err(|error| error.to_string())?.command {
             Command::Run(args) => Ok(args),
-            Command::Report(_) => Err("not a run".to_owned()),
+            Command::Report(_) | Command::Backends(_) => Err("not a run".to_owned()),
         }
     }
 

@@ -73,6 +73,16 @@ pub enum Protocol {
     Sctp,
 }
 
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        })
+    }
+}
+
 /// A port of a Service, as kube-proxy names it: `namespace/name:port`, without `:port` when the
 /// port has no name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -95,9 +105,11 @@ pub struct Backend {
 /// Whether a backend began or ceased to receive new connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum BackendStep {
-    /// The rules now reach it.
+    /// New connections are now sent to it.
     Added,
-    /// The rules no longer reach it.
+    /// None is sent to it any more, but it is kept for those it has (IPVS: weight 0).
+    Draining,
+    /// None is sent to it any more, and it is gone.
     Removed,
 }
 

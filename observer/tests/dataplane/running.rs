@@ -10,7 +10,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use observer::clock;
 use observer::dataplane::{
-    Counters, Dataplane, Family, LegacySignal, Settings, Status, Update, run,
+    CommitSignal, Counters, Dataplane, Family, Settings, SilentTable, Status, Update, run,
 };
 use observer::facts::{Backend, BackendChange, BackendStep, Blindness, BootNs};
 use tokio::sync::mpsc::{self, Receiver, Sender};
@@ -19,12 +19,13 @@ use super::namespace::{captured, expected, feed, in_namespace, nft, shown};
 
 /// Nothing here takes longer; it ends a wait that would never end.
 const PATIENCE: Duration = Duration::from_secs(20);
+const LEGACY: SilentTable = SilentTable::Legacy(Family::V4);
 const API: &[&str] = &["default/kubernetes:https Tcp 10.99.0.1 6443"];
 
 /// A follower that runs in this namespace.
 struct Running {
     updates: Receiver<Update>,
-    legacy: Sender<LegacySignal>,
+    commits: Sender<CommitSignal>,
     counters: Arc<Counters>,
     markers: u8,
     status: Status,
@@ -52,6 +53,7 @@ impl Reported {
             Update::Change(change) => match change.step {
                 BackendStep::Added => self.added.push(change),
                 BackendStep::Removed => self.removed.push(change),
+                BackendStep::Draining => panic!("rules do not drain: {change:?}"),
             },
             Update::Blind(blind) => self.blind.push(blind),
             Update::Present { .. } | Update::Status(_) => {}
@@ -63,14 +65,15 @@ impl Running {
     /// Starts it; gives what was present.
     async fn start(receive_buffer_bytes: usize) -> (Self, BTreeSet<String>) {
         let counters = Arc::new(Counters::default());
-        let settings = Settings { receive_buffer_bytes, counters: counters.clone() };
-        let (legacy, legacy_signals) = mpsc::channel(16);
+        let settings =
+            Settings { receive_buffer_bytes, counters: counters.clone(), ..Settings::default() };
+        let (commits, signals) = mpsc::channel(16);
         let (sender, updates) = mpsc::channel(1024);
         tokio::spawn(async move {
-            run(settings, legacy_signals, sender).await.expect("follow the rules");
+            run(settings, signals, sender).await.expect("follow the rules");
         });
         let status = Status::default();
-        let mut running = Self { updates, legacy, counters, markers: 0, status };
+        let mut running = Self { updates, commits, counters, markers: 0, status };
         let Update::Present { backends, .. } = running.next().await else {
             panic!("what is present comes first")
         };
@@ -258,7 +261,7 @@ fn legacy_commits_are_read_when_they_are_signalled() {
         assert_eq!(present, expected(&[26, 27, 28], API));
         legacy("1-terminating");
         let at = clock::now();
-        running.legacy.send(LegacySignal::Commit { at, family: Family::V4 }).await.expect("sent");
+        running.commits.send(CommitSignal::Commit { at, table: LEGACY }).await.expect("sent");
         let changes = expected(&[27], &[]).len() + expected(&[29], &[]).len();
         let mut reported = Reported::default();
         while reported.added.len() + reported.removed.len() < changes {
@@ -273,7 +276,7 @@ fn legacy_commits_are_read_when_they_are_signalled() {
         let from = clock::now();
         legacy("5-all-unready");
         let until = clock::now();
-        running.legacy.send(LegacySignal::Missed { from, until }).await.expect("sent");
+        running.commits.send(CommitSignal::Missed { from, until }).await.expect("sent");
         let last =
             |update: &Update| matches!(update, Update::Status(status) if status.backends == 1);
         let reported = running.until(last).await;
@@ -292,8 +295,8 @@ fn two_legacy_commits_before_one_read_share_their_span() {
         let last = clock::now();
         let first = BootNs(last.0 - 5_000_000);
         for at in [first, last] {
-            let signal = LegacySignal::Commit { at, family: Family::V4 };
-            running.legacy.send(signal).await.expect("sent");
+            let signal = CommitSignal::Commit { at, table: LEGACY };
+            running.commits.send(signal).await.expect("sent");
         }
         let done =
             |update: &Update| matches!(update, Update::Status(status) if status.backends == 1);
@@ -303,7 +306,7 @@ fn two_legacy_commits_before_one_read_share_their_span() {
             assert_eq!(change.at, last);
             assert!(change.at.minus(change.uncertainty) <= first);
         }
-        assert_eq!(running.counters.legacy_reads.get(), 2 + 1, "both families at start, then once");
+        assert_eq!(running.counters.table_reads.get(), 2 + 1, "both families at start, then once");
     });
 }
 
@@ -339,14 +342,14 @@ fn a_failed_legacy_read_is_tried_again_without_another_commit() {
             let until = clock::now();
             tokio::time::sleep(Duration::from_millis(50)).await;
             allow_net_admin(false);
-            running.legacy.send(LegacySignal::Missed { from, until }).await.expect("sent");
+            running.commits.send(CommitSignal::Missed { from, until }).await.expect("sent");
             let blind = |update: &Update| matches!(update, Update::Blind(_));
             for _ in 0..3 {
                 let reported = running.until(blind).await;
                 assert!(reported.removed.is_empty(), "{reported:?}");
                 assert_eq!(reported.blind[0].from, from, "blind until it can be read");
             }
-            assert!(running.counters.legacy_failures.get() >= 2);
+            assert!(running.counters.table_failures.get() >= 2);
             allow_net_admin(true);
             let done =
                 |update: &Update| matches!(update, Update::Status(status) if status.backends == 1);
