@@ -17,6 +17,7 @@ pub mod metrics;
 pub mod recommend;
 
 pub mod api;
+pub mod backends;
 pub mod report;
 
 pub mod agent;

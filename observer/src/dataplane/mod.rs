@@ -33,7 +33,7 @@ use crate::facts::{Backend, BackendChange, Blindness, BootNs};
 pub use counters::{Counter, Counters};
 pub use legacy::legacy_tables_in_use;
 pub use rules::Family;
-pub use run::run;
+pub use run::{read, run};
 pub use silent::SilentTable;
 
 /// Room for what a full rewrite of 10,000 Services sends (some 60 MB with the kernel's overhead)
@@ -162,6 +162,17 @@ impl fmt::Display for Status {
         }
         Ok(())
     }
+}
+
+/// What the rules say at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// In all.
+    pub status: Status,
+    /// Every backend.
+    pub backends: BTreeSet<Backend>,
+    /// Those that are being drained.
+    pub draining: BTreeSet<Backend>,
 }
 
 /// What the dataplane reports.

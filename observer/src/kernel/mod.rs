@@ -143,7 +143,8 @@ fn classify(error: anyhow::Error) -> StartError {
 }
 
 /// Whether the kernel refused for lack of privileges.
-pub(crate) fn is_permission_error(error: &anyhow::Error) -> bool {
+#[must_use]
+pub fn is_permission_error(error: &anyhow::Error) -> bool {
     let denied = |io: &io::Error| io.kind() == io::ErrorKind::PermissionDenied;
     error.chain().any(|cause| {
         cause.downcast_ref::<io::Error>().is_some_and(denied)
