@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, TcpStream};
 use std::path::PathBuf;
 
 use observer::facts::Outcome;
-use observer::kernel::probes::Probe;
+use observer::kernel::probes::{LEGACY_COMMIT, NFT_COMMIT, Probe};
 use observer::kernel::{self, Started};
 
 use super::machine::{require_guest, run, runtime};
@@ -21,7 +21,9 @@ fn every_signal_attaches() {
     require_guest();
     runtime().block_on(async {
         let mut kernel = start();
-        kernel.probes.watch_legacy_commits(true).expect("attach");
+        for signal in [&LEGACY_COMMIT, &NFT_COMMIT] {
+            kernel.probes.watch(signal, true).expect("attach");
+        }
         let off = kernel.probes.states().iter().filter(|probe| probe.method.is_none());
         assert_eq!(off.collect::<Vec<_>>(), [] as [&Probe; 0], "{}", run("uname -r", ""));
     });
