@@ -24,6 +24,8 @@ pub(crate) enum Task {
     Lint,
     /// Work in network namespaces: the demo, benchmarks.
     Network,
+    /// Run the tests of another kernel in a guest.
+    Guest,
     /// Run all tests.
     Test,
     /// Any of the above.

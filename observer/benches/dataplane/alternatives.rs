@@ -17,7 +17,7 @@ use crate::threads::Threads;
 use crate::witness::Witness;
 
 /// Nothing here takes longer; it ends a wait that would never end.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// How `nft monitor` ends a commit.
 const END_OF_COMMIT: &[u8] = b"# new generation";
 

@@ -18,7 +18,7 @@ use crate::threads::Threads;
 use crate::witness::Witness;
 
 /// Nothing here takes longer; it ends a wait that would never end.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// Updates that may wait; a start sends two.
 const UPDATES: usize = 1024;
 

@@ -50,7 +50,7 @@ fn line(text: &mut String, line: &str) {
 
 /// kube-proxy's nftables mode.
 pub(crate) mod nftables {
-    use super::*;
+    use super::{BACKENDS, PORT, Range, cluster_ip, hash, line, pod};
 
     fn chain(service: usize) -> String {
         format!("service-{:08X}-default/service-{service}/tcp/http", hash(service) >> 32)
@@ -100,7 +100,9 @@ add rule ip kube-proxy {chain} meta l4proto tcp dnat ip to numgen random mod {co
 
 /// kube-proxy's iptables mode, either backend.
 pub(crate) mod iptables {
-    use super::*;
+    use super::{
+        BACKENDS, CLUSTER_CIDR, PORT, Range, SERVICES_AT_ONCE, cluster_ip, hash, line, name, pod,
+    };
 
     fn service_chain(service: usize) -> String {
         format!("KUBE-SVC-{:016X}", hash(service))

@@ -72,12 +72,12 @@ impl Dumper {
     pub fn dump(mut self, counters: &Counters) -> Result<Follow, Fault> {
         let before = self.generation(counters)?;
         let mut messages: Vec<(TableId, Change)> = Vec::new();
-        // Rules are asked for chain by chain: asked for all, the kernel begins at the first one again
-        // for each datagram (tens of seconds for the 170,000 rules of 10,000 Services).
+        // Rules are asked for chain by chain: asked for all, the kernel walks from the first one again
+        // for each datagram, which takes time with the square of the rules.
         let mut contents: Vec<(u8, (TableId, Name))> = Vec::new();
         for kind in [kind::GET_TABLE, kind::GET_CHAIN, kind::GET_SET] {
             self.ask(kind, ALL, None, counters, |message| {
-                let Message::In(table, change) = message else { return Ok(()) };
+                let Message::In(table, change) = message else { return };
                 match &change {
                     Change::NewChain { chain, .. } => {
                         contents.push((kind::GET_RULE, (table.clone(), chain.clone())));
@@ -88,7 +88,6 @@ impl Dumper {
                     _ => {}
                 }
                 messages.push((table, change));
-                Ok(())
             })?;
         }
         for (kind, of) in &contents {
@@ -96,7 +95,6 @@ impl Dumper {
                 if let Message::In(table, change) = message {
                     messages.push((table, change));
                 }
-                Ok(())
             })?;
         }
         if self.generation(counters)? != before {
@@ -109,10 +107,7 @@ impl Dumper {
     fn generation(&mut self, counters: &Counters) -> Result<u32, Fault> {
         let mut generation = None;
         self.ask(kind::GET_GENERATION, ONE, None, counters, |message| {
-            if let Message::Generation(id) = message {
-                generation = Some(id);
-            }
-            Ok(())
+            generation = generation.or(message.generation());
         })?;
         generation.ok_or_else(|| anyhow::anyhow!("no nf_tables generation in the answer").into())
     }
@@ -124,7 +119,7 @@ impl Dumper {
         flags: u16,
         of: Option<&(TableId, Name)>,
         counters: &Counters,
-        mut take: impl FnMut(Message) -> Result<(), Fault>,
+        mut take: impl FnMut(Message),
     ) -> Result<(), Fault> {
         self.sequence = self.sequence.wrapping_add(1);
         let request = request(kind, flags, self.sequence, of);
@@ -136,35 +131,76 @@ impl Dumper {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 datagram => datagram.context("read the kernel's nf_tables rules")?,
             };
-            for frame in frames(datagram) {
-                let Ok(frame) = frame else {
-                    counters.malformed.increase();
-                    break;
-                };
-                if frame.sequence != self.sequence {
-                    continue;
-                }
-                if frame.flags & INTERRUPTED != 0 {
-                    return Err(Fault::Changed);
-                }
-                match frame.kind {
-                    DONE => return Ok(()),
-                    ERROR => return fault(&frame),
-                    _ => match decode(&frame) {
-                        Ok((message, unknown)) => {
-                            counters.unknown_expressions.add(unknown);
-                            take(message)?;
-                        }
-                        Err(Passed::Malformed) => counters.malformed.increase(),
-                        Err(Passed::Foreign) => {}
-                    },
-                }
-                if flags == ONE {
-                    return Ok(());
-                }
+            match read_answer(datagram, self.sequence, flags, counters, &mut take)? {
+                Progress::Ended => return Ok(()),
+                Progress::Continues => {}
             }
         }
     }
+}
+
+/// Whether a datagram was the last one of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    Ended,
+    Continues,
+}
+
+/// Passes the messages that a datagram has of the answer to the request `sequence` to `take`.
+fn read_answer(
+    datagram: &[u8],
+    sequence: u32,
+    flags: u16,
+    counters: &Counters,
+    mut take: impl FnMut(Message),
+) -> Result<Progress, Fault> {
+    for frame in frames(datagram) {
+        let Ok(frame) = frame else {
+            counters.malformed.increase();
+            break;
+        };
+        if frame.sequence != sequence {
+            continue;
+        }
+        if frame.flags & INTERRUPTED != 0 {
+            return Err(Fault::Changed);
+        }
+        match frame.kind {
+            DONE => return Ok(Progress::Ended),
+            ERROR => return fault(&frame).map(|()| Progress::Ended),
+            _ => match decode(&frame) {
+                Ok((message, unknown)) => {
+                    counters.unknown_expressions.add(unknown);
+                    take(message);
+                }
+                Err(Passed::Malformed) => counters.malformed.increase(),
+                Err(Passed::Foreign) => {}
+            },
+        }
+        if flags == ONE {
+            return Ok(Progress::Ended);
+        }
+    }
+    Ok(Progress::Continues)
+}
+
+/// The rules in recorded answers to dump requests that were numbered from 1, without a socket.
+///
+/// # Errors
+/// As [`Dumper::dump`].
+pub(crate) fn replay(answers: &[u8], counters: &Counters) -> Result<Ruleset, Fault> {
+    let mut messages = Vec::new();
+    for sequence in 1.. {
+        let progress = read_answer(answers, sequence, ALL, counters, |message| {
+            if let Message::In(table, change) = message {
+                messages.push((table, change));
+            }
+        })?;
+        if progress == Progress::Continues {
+            break;
+        }
+    }
+    Ruleset::from_messages(messages).ok().ok_or(Fault::Changed)
 }
 
 /// `nlmsgerr`: a negative errno, 0 for an acknowledgement.
