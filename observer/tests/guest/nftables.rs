@@ -10,7 +10,7 @@ use tokio::sync::mpsc::{Receiver, channel};
 use super::machine::{in_namespace, require_guest, run, runtime};
 
 /// Far more than an emulated guest needs; it ends a wait that would never end.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What the follower said, put together.
 #[derive(Debug, Default, PartialEq, Eq)]
