@@ -2,9 +2,12 @@
 //! its own. Needs root, and Debian's nftables and iptables; fails without.
 
 mod captures;
+mod encoding;
 mod families;
+mod following;
 mod foreign;
 mod namespace;
 mod overrun;
 mod running;
+mod timeline;
 mod timing;

@@ -6,9 +6,10 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
-use observer::dataplane::Counters;
+use observer::dataplane::legacy::Reader;
 use observer::dataplane::nft::follow::Follow;
 use observer::dataplane::nft::{Arrival, Dumper, Subscription};
+use observer::dataplane::{Counters, Family, reach};
 use observer::facts::Backend;
 
 /// Runs `test` on a thread of its own in a new network namespace, which goes with the thread.
@@ -51,6 +52,14 @@ pub(crate) fn feed(command: &[&str], input: &str) {
 /// Makes one commit to the `nf_tables` rules.
 pub(crate) fn nft(commands: &str) {
     feed(&["nft", "-f", "-"], commands);
+}
+
+/// A table's rules as `nft` lists them, with handles.
+pub(crate) fn listed(table: &str) -> String {
+    let output = Command::new("nft").args(["-a", "list", "table", "ip", table]).output();
+    let output = output.expect("run nft (apt-get install nftables)");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
 }
 
 /// A recorded state.
@@ -111,4 +120,12 @@ pub(crate) fn reached(follow: &Follow) -> BTreeSet<String> {
     let reached: Vec<_> =
         follow.ruleset().tables().map(|(id, _)| follow.ruleset().reached(id)).collect();
     shown(reached.iter().flat_map(|reached| &reached.backends))
+}
+
+/// The backends of the legacy nat table of an IP version.
+pub(crate) fn legacy_backends(family: Family) -> BTreeSet<String> {
+    let reader = Reader::open(family).expect("open").expect("this IP version");
+    let reached = reach::walk(&reader.read().expect("read the legacy nat table").table);
+    assert_eq!(reached.unresolved, 0);
+    shown(&reached.backends)
 }
