@@ -9,14 +9,12 @@ use observer::dataplane::{Counters, Family, LegacySignal, Settings, Status, Upda
 use observer::facts::{Backend, BackendChange, BackendStep, Blindness, BootNs};
 use tokio::sync::mpsc::{self, Receiver, Sender};
 
-use super::namespace::{in_namespace, nft, shown};
+use super::namespace::{MARKERS, in_namespace, nft, shown};
 
 /// Nothing here takes longer; it ends a wait that would never end.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Room for all that any test commits.
 pub(crate) const ROOMY_BYTES: usize = 16 << 20;
-/// What every marker's address begins with.
-const MARKERS: &str = "192.0.2.";
 
 /// A follower that runs in this namespace.
 pub(crate) struct Running {

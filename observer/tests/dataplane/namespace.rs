@@ -28,6 +28,9 @@ pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("build a runtime")
 }
 
+/// What the address of every backend begins with that only marks a moment.
+pub(crate) const MARKERS: &str = "192.0.2.";
+
 /// Feeds `input` to a tool in this thread's namespace; it has to succeed.
 pub(crate) fn feed(command: &[&str], input: &str) {
     let (program, arguments) = command.split_first().expect("a program");
