@@ -10,6 +10,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 use ureq::http::Uri;
 
+use crate::dataplane::Dataplane;
 use crate::kernel::addresses::Range;
 use crate::recommend::DEFAULT_MARGIN_SECONDS;
 use crate::report::Output;
@@ -81,6 +82,10 @@ pub struct RunArgs {
     )]
     pub cluster_cidr: Vec<Range>,
 
+    /// What turns Service addresses into pod addresses on this node; auto follows all there are
+    #[arg(long, env = "OBSERVER_DATAPLANE", value_name = "KIND", default_value = "auto")]
+    pub dataplane: DataplaneChoice,
+
     /// How the log is written to stderr
     #[arg(long, env = "OBSERVER_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
@@ -117,6 +122,38 @@ pub struct ReportArgs {
     /// Seconds to add to the largest need seen, before rounding up
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_MARGIN_SECONDS, value_parser = margin)]
     pub margin: f64,
+}
+
+/// Which dataplane to follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DataplaneChoice {
+    /// All that are found; which one serves Services is told by /readyz and metrics.
+    Auto,
+    /// kube-proxy in nftables mode.
+    Nftables,
+    /// kube-proxy in iptables mode over `nf_tables`.
+    IptablesNft,
+    /// kube-proxy in iptables mode over the legacy tables.
+    IptablesLegacy,
+    /// kube-proxy in IPVS mode.
+    Ipvs,
+    /// Cilium in place of kube-proxy.
+    Cilium,
+}
+
+impl DataplaneChoice {
+    /// The only one to follow; `None` for all.
+    #[must_use]
+    pub fn only(self) -> Option<Dataplane> {
+        match self {
+            Self::Auto => None,
+            Self::Nftables => Some(Dataplane::Nftables),
+            Self::IptablesNft => Some(Dataplane::IptablesNft),
+            Self::IptablesLegacy => Some(Dataplane::IptablesLegacy),
+            Self::Ipvs => Some(Dataplane::Ipvs),
+            Self::Cilium => Some(Dataplane::Cilium),
+        }
+    }
 }
 
 /// How the log is written.

@@ -95,9 +95,11 @@ pub struct Backend {
 /// Whether a backend began or ceased to receive new connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum BackendStep {
-    /// The rules now reach it.
+    /// New connections are now sent to it.
     Added,
-    /// The rules no longer reach it.
+    /// None is sent to it any more, but it is kept for those it has (IPVS: weight 0).
+    Draining,
+    /// None is sent to it any more, and it is gone.
     Removed,
 }
 

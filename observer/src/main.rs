@@ -43,6 +43,7 @@ fn run(args: RunArgs) -> anyhow::Result<()> {
         listen: args.listen,
         cgroup_root: args.cgroup_root,
         cluster: args.cluster_cidr,
+        dataplane: args.dataplane.only(),
     }))
 }
 

@@ -57,6 +57,8 @@ struct Rules {
     backends: IntGauge,
     unresolved: IntGauge,
     in_use: IntGaugeVec,
+    serving: IntGaugeVec,
+    switches: IntCounter,
 }
 
 impl Rules {
@@ -81,9 +83,18 @@ impl Rules {
             ))?)?,
             in_use: made.gauges(
                 "dataplane_in_use",
-                "Which kinds of rules exist on this node.",
+                "Which dataplanes have backends on this node; rules of an earlier one may stay behind.",
                 &["dataplane"],
             )?,
+            serving: made.gauges(
+                "dataplane_serving",
+                "Which dataplane serves the node's Services: the one whose backends changed last.",
+                &["dataplane"],
+            )?,
+            switches: made.add(IntCounter::with_opts(opts(
+                "dataplane_switches_total",
+                "Times another dataplane began to serve the node's Services.",
+            ))?)?,
             backends: made.add(IntGauge::with_opts(opts(
                 "dataplane_backends",
                 "Backends that the node's rules send new connections to.",
@@ -254,7 +265,7 @@ impl Metrics {
             ("overrun", &counters.overruns),
             ("gap", &counters.gaps),
             ("interrupted_read", &counters.interrupted_reads),
-            ("legacy_failure", &counters.legacy_failures),
+            ("table_failure", &counters.table_failures),
         ] {
             follow(&self.rules.troubles.with_label_values(&[kind]), counter.get());
         }
@@ -268,6 +279,15 @@ impl Metrics {
         for dataplane in &status.in_use {
             self.rules.in_use.with_label_values(&[dataplane.name()]).set(1);
         }
+        self.rules.serving.reset();
+        if let Some(serving) = status.serving {
+            self.rules.serving.with_label_values(&[serving.name()]).set(1);
+        }
+    }
+
+    /// Another dataplane serves the Services than before.
+    pub fn count_dataplane_switch(&self) {
+        self.rules.switches.inc();
     }
 
     /// How many facts of `source` wait.

@@ -153,7 +153,12 @@ fn the_readme_lists_every_metric_and_no_other() {
 fn set_the_rest(metrics: &Metrics) {
     metrics.set_dataplane(&dataplane::Counters::default());
     let in_use = [dataplane::Dataplane::Nftables].into();
-    metrics.set_dataplane_status(&dataplane::Status { in_use, backends: 300, unresolved: 1 });
+    metrics.set_dataplane_status(&dataplane::Status {
+        serving: Some(dataplane::Dataplane::Nftables),
+        in_use,
+        backends: 300,
+        unresolved: 1,
+    });
     metrics.set_queued("kernel", 4);
     metrics.set_watch_failures("pods", 2);
 }

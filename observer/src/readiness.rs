@@ -21,17 +21,26 @@ pub struct Item {
 #[derive(Debug)]
 struct ItemState {
     name: String,
-    missing: Mutex<Option<String>>,
+    standing: Mutex<Standing>,
     failures: AtomicU64,
 }
 
-/// An item that does not work, and why.
+#[derive(Debug)]
+enum Standing {
+    Up,
+    /// With a remark.
+    UpAs(String),
+    /// With the reason.
+    Down(String),
+}
+
+/// An item, and what there is to say of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Missing {
+pub struct Entry {
     /// The item: `pod watch`, `probe connect_failed` …
     pub name: String,
-    /// In words, with the last error.
-    pub why: String,
+    /// Why it does not work, with the last error; or in which way it does.
+    pub words: String,
 }
 
 impl Readiness {
@@ -41,7 +50,7 @@ impl Readiness {
         let item = Item {
             state: Arc::new(ItemState {
                 name: name.into(),
-                missing: Mutex::new(Some(why.into())),
+                standing: Mutex::new(Standing::Down(why.into())),
                 failures: AtomicU64::new(0),
             }),
         };
@@ -51,25 +60,46 @@ impl Readiness {
 
     /// What does not work now; empty when the daemon is ready.
     #[must_use]
-    pub fn missing(&self) -> Vec<Missing> {
-        let missing = |item: &Item| {
-            let why = lock(&item.state.missing).clone()?;
-            Some(Missing { name: item.state.name.clone(), why })
+    pub fn missing(&self) -> Vec<Entry> {
+        self.entries(|standing| match standing {
+            Standing::Down(why) => Some(why.clone()),
+            Standing::Up | Standing::UpAs(_) => None,
+        })
+    }
+
+    /// What there is to say of items that work.
+    #[must_use]
+    pub fn remarks(&self) -> Vec<Entry> {
+        self.entries(|standing| match standing {
+            Standing::UpAs(remark) => Some(remark.clone()),
+            Standing::Up | Standing::Down(_) => None,
+        })
+    }
+
+    fn entries(&self, words: impl Fn(&Standing) -> Option<String>) -> Vec<Entry> {
+        let entry = |item: &Item| {
+            let words = words(&lock(&item.state.standing))?;
+            Some(Entry { name: item.state.name.clone(), words })
         };
-        lock(&self.items).iter().filter_map(missing).collect()
+        lock(&self.items).iter().filter_map(entry).collect()
     }
 }
 
 impl Item {
     /// It works now.
     pub fn up(&self) {
-        *lock(&self.state.missing) = None;
+        *lock(&self.state.standing) = Standing::Up;
+    }
+
+    /// It works now, in a way that a person may want to know.
+    pub fn up_as(&self, remark: impl Into<String>) {
+        *lock(&self.state.standing) = Standing::UpAs(remark.into());
     }
 
     /// It does not work; counted in [`Item::failures`].
     pub fn down(&self, why: impl Into<String>) {
         self.state.failures.fetch_add(1, Ordering::Relaxed);
-        *lock(&self.state.missing) = Some(why.into());
+        *lock(&self.state.standing) = Standing::Down(why.into());
     }
 
     /// How often it failed since the daemon started.
@@ -79,9 +109,9 @@ impl Item {
     }
 }
 
-impl fmt::Display for Missing {
+impl fmt::Display for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.name, self.why)
+        write!(f, "{}: {}", self.name, self.words)
     }
 }
 
@@ -110,7 +140,19 @@ mod tests {
         pods.up();
         assert_eq!(readiness.missing(), []);
         pods.down("connection refused");
-        assert_eq!(readiness.missing()[0].why, "connection refused");
+        assert_eq!(readiness.missing()[0].words, "connection refused");
         assert_eq!((pods.failures(), probe.failures()), (1, 0));
+    }
+
+    #[test]
+    fn a_remark_is_no_lack() {
+        let readiness = Readiness::default();
+        let rules = readiness.expect("dataplane", "not read yet");
+        assert_eq!(readiness.remarks(), []);
+        rules.up_as("nftables serves Services");
+        assert_eq!(readiness.missing(), []);
+        assert_eq!(readiness.remarks()[0].to_string(), "dataplane: nftables serves Services");
+        rules.down("none is found");
+        assert_eq!(readiness.remarks(), []);
     }
 }

@@ -16,6 +16,7 @@ use axum::http::Uri;
 use axum::response::{IntoResponse as _, Response};
 use futures::StreamExt as _;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -23,6 +24,8 @@ use tempfile::TempDir;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_observer");
 const NOBODY: u32 = 65534;
+const NO_DATAPLANE: &str = "dataplane: no dataplane is found: neither rules of kube-proxy (nftables, \
+    iptables, IPVS) nor maps of Cilium in this network namespace; is hostNetwork set?\n";
 
 fn observer(flags: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
@@ -244,7 +247,8 @@ async fn wait_until_ready(url: &str) {
     let mut last = None;
     for _ in 0..200 {
         last = get(format!("{url}/readyz")).await;
-        if last == Some((200, "ok\n".to_owned())) {
+        if let Some((200, body)) = &last {
+            assert!(body.starts_with("ok\ndataplane: nftables serves Services ("), "{body}");
             return;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -252,8 +256,38 @@ async fn wait_until_ready(url: &str) {
     panic!("not ready: {last:?}");
 }
 
+/// Waits for the words that say what is missing.
+async fn wait_until_it_says(url: &str, words: &str) {
+    let mut last = None;
+    for _ in 0..200 {
+        last = get(format!("{url}/readyz")).await;
+        if last.as_ref().is_some_and(|(status, body)| *status == 503 && body == words) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("not {words}: {last:?}");
+}
+
+/// A network namespace for this thread and those it starts, with nothing but a loopback device.
+fn own_network() {
+    unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace: this test needs root");
+    run(Command::new("ip").args(["link", "set", "lo", "up"]));
+}
+
+fn run(command: &mut Command) {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn load_kube_proxys_rules() {
+    let rules = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/captures/nftables-1.36/0-before.nft");
+    run(Command::new("nft").args(["-f", rules]));
+}
+
 #[tokio::test]
 async fn it_becomes_ready_serves_and_stops_at_sigterm() {
+    own_network();
     let api = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let server = format!("http://{}", api.local_addr().expect("bound"));
     tokio::spawn(async move { axum::serve(api, Router::new().fallback(empty_cluster)).await });
@@ -272,6 +306,8 @@ async fn it_becomes_ready_serves_and_stops_at_sigterm() {
     std::thread::spawn(move || log.lines().map_while(Result::ok).try_for_each(|l| sender.send(l)));
 
     let url = format!("http://{port}");
+    wait_until_it_says(&url, NO_DATAPLANE).await;
+    load_kube_proxys_rules();
     wait_until_ready(&url).await;
     let (status, metrics) = get(format!("{url}/metrics")).await.expect("metrics");
     assert_eq!(status, 200);

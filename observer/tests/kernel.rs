@@ -14,6 +14,7 @@ use nix::sched::{CloneFlags, unshare};
 use observer::clock;
 use observer::facts::{BootNs, Happening, KernelEvent, Origin, Outcome};
 use observer::kernel::addresses::Range;
+use observer::kernel::probes::LEGACY_COMMIT;
 use observer::kernel::{self, Started};
 use tokio::sync::mpsc;
 
@@ -220,7 +221,7 @@ fn legacy_commits_are_seen_in_the_own_namespace_and_only_changes_count() {
     let (elsewhere, here) = isolated(move || {
         let commits = |attached, act: &dyn Fn()| {
             let prepare = |kernel: &mut Started| {
-                kernel.probes.watch_legacy_commits(attached).expect("attach or detach");
+                kernel.probes.watch(&LEGACY_COMMIT, attached).expect("attach or detach");
             };
             let (events, _) = observe_with(prepare, act);
             let happenings = events.into_iter().map(|event| event.happening);

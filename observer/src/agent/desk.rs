@@ -14,15 +14,15 @@ use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{debug, info, warn};
 
-use super::legacy::LegacyCommits;
+use super::hooks::{CommitHooks, LOOK};
 use super::sources;
 use crate::api::Question;
 use crate::clock;
 use crate::cluster;
 use crate::correlate::Correlator;
-use crate::dataplane::{self, Update};
+use crate::dataplane::{self, Dataplane, Status, Update};
 use crate::facts::{
-    BackendChange, BackendStep, Blindness, BootNs, ClusterFact, Happening, KernelEvent,
+    Backend, BackendChange, BackendStep, Blindness, BootNs, ClusterFact, KernelEvent,
 };
 use crate::kernel::addresses::Addresses;
 use crate::kernel::counters::{Counters, Reading, SIGNAL_NAMES};
@@ -69,12 +69,14 @@ pub(super) struct Inbox {
 pub(super) struct Desk {
     correlator: Correlator,
     kernel: Kernel,
-    legacy: LegacyCommits,
+    hooks: CommitHooks,
     shown: Shown,
     watched: BTreeSet<IpAddr>,
     /// Whether everything worked at the last tick.
     ready: bool,
     lost: Losses,
+    /// The dataplane that serves Services, the latest that was found.
+    serving: Option<Dataplane>,
 }
 
 /// What the kernel had lost at a moment.
@@ -87,15 +89,16 @@ struct Losses {
 }
 
 impl Desk {
-    pub(super) fn new(node: &str, kernel: Kernel, legacy: LegacyCommits, shown: Shown) -> Self {
+    pub(super) fn new(node: &str, kernel: Kernel, hooks: CommitHooks, shown: Shown) -> Self {
         Self {
             correlator: Correlator::new(node),
             kernel,
-            legacy,
+            hooks,
             shown,
             watched: BTreeSet::new(),
             ready: false,
             lost: Losses { events: 0, counts: 0, at: clock::now() },
+            serving: None,
         }
     }
 
@@ -106,6 +109,8 @@ impl Desk {
     pub(super) async fn run(mut self, mut inbox: Inbox) -> anyhow::Result<()> {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut look = interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut until_cleaning = TICKS_PER_CLEANING;
         loop {
             tokio::select! {
@@ -115,6 +120,9 @@ impl Desk {
                 Some(question) = inbox.asked.recv() => {
                     // Whoever asked may have hung up.
                     let _unheard = question.send(self.correlator.timelines());
+                }
+                _ = look.tick(), if self.correlator.is_terminating() => {
+                    self.hooks.look(clock::now());
                 }
                 _ = tick.tick() => {
                     self.tick(clock::now(), &inbox)?;
@@ -129,9 +137,7 @@ impl Desk {
     }
 
     fn take_event(&mut self, event: &KernelEvent) {
-        if let Happening::LegacyCommit { family } = event.happening {
-            self.legacy.committed(event.at, family);
-        }
+        self.hooks.committed(event.at, event.happening);
         self.correlator.record_kernel(event);
     }
 
@@ -160,33 +166,44 @@ impl Desk {
 
     fn take_update(&mut self, update: Update) {
         match update {
-            Update::Present { at, backends } => {
-                // Each was added at an unknown time before.
-                let uncertainty = Duration::from_nanos(at.0);
-                for backend in backends {
-                    let step = BackendStep::Added;
-                    self.correlator.record_backend(BackendChange {
-                        at,
-                        uncertainty,
-                        backend,
-                        step,
-                    });
-                }
-                self.shown.rules.up();
+            Update::Present { at, backends, draining } => {
+                self.take_present(at, backends, BackendStep::Added);
+                self.take_present(at, draining, BackendStep::Draining);
             }
             Update::Change(change) => self.correlator.record_backend(change),
             Update::Blind(blindness) => self.correlator.record_blindness(blindness),
-            Update::Status(status) => {
-                let kinds: Vec<&str> = status.in_use.iter().map(|kind| kind.name()).collect();
-                debug!(?kinds, backends = status.backends, "the node's rules");
-                self.shown.metrics.set_dataplane_status(&status);
-            }
+            Update::Status(status) => self.take_status(&status),
         }
+    }
+
+    /// Each came to its state at an unknown time before.
+    fn take_present(&mut self, at: BootNs, backends: BTreeSet<Backend>, step: BackendStep) {
+        let uncertainty = Duration::from_nanos(at.0);
+        for backend in backends {
+            self.correlator.record_backend(BackendChange { at, uncertainty, backend, step });
+        }
+    }
+
+    fn take_status(&mut self, status: &Status) {
+        debug!(?status, "the node's rules");
+        self.shown.metrics.set_dataplane_status(status);
+        let Some(serving) = status.serving else {
+            self.shown.rules.down(status.to_string());
+            return;
+        };
+        if self.serving != Some(serving) {
+            info!(%serving, "the dataplane that serves Services");
+            if self.serving.is_some() {
+                self.shown.metrics.count_dataplane_switch();
+            }
+            self.serving = Some(serving);
+        }
+        self.shown.rules.up_as(status.to_string());
     }
 
     fn tick(&mut self, now: BootNs, inbox: &Inbox) -> anyhow::Result<()> {
         self.read_counts(now)?;
-        self.legacy.tick(now, &mut self.kernel.probes, &self.shown.metrics)?;
+        self.hooks.tick(now, &mut self.kernel.probes, &self.shown.metrics)?;
         for timeline in self.correlator.advance(now) {
             info!(
                 pod = %format_args!("{}/{}", timeline.namespace, timeline.name),
@@ -231,7 +248,7 @@ impl Desk {
         };
         if self.lost.events > before.events {
             blind("ring buffer");
-            self.legacy.missed_since(before.at);
+            self.hooks.missed_since(before.at);
         }
         if self.lost.counts > before.counts {
             blind("arrival counts");

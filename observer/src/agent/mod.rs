@@ -5,7 +5,7 @@
 //! process, for a daemon that sees only part of the story must not look healthy.
 
 mod desk;
-mod legacy;
+mod hooks;
 mod sources;
 
 use std::future::Future;
@@ -22,15 +22,17 @@ use tokio::task::{JoinError, JoinSet};
 use tracing::{info, warn};
 
 use crate::kernel::addresses::Range;
-use crate::kernel::probes::LEGACY_COMMIT;
 use crate::kernel::{self, Probes, StartError};
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
-use crate::{api, cluster, dataplane};
+use crate::{
+    api, cluster,
+    dataplane::{self, Dataplane},
+};
 
 use cluster::Server;
 use desk::{Desk, Inbox, Kernel, Shown};
-use legacy::LegacyCommits;
+use hooks::CommitHooks;
 
 /// Facts of one source that may wait for the correlator. A burst of a few thousand fits; beyond
 /// that the source waits, and the kernel's ring buffer or the API server holds the rest.
@@ -52,6 +54,8 @@ pub struct Settings {
     pub cgroup_root: PathBuf,
     /// The cluster's address ranges; empty when sources are not told apart.
     pub cluster: Vec<Range>,
+    /// The only dataplane to follow; `None` for whichever there are.
+    pub dataplane: Option<Dataplane>,
 }
 
 /// A task's name and outcome.
@@ -100,11 +104,11 @@ fn start(settings: Settings, listener: TcpListener, server: Server) -> anyhow::R
     let (event_sender, events) = mpsc::channel(FACTS);
     let (fact_sender, facts) = mpsc::channel(FACTS);
     let (update_sender, updates) = mpsc::channel(FACTS);
-    let (legacy_sender, legacy_signals) = mpsc::channel(FACTS);
-    let seen = readiness.expect(format!("probe {}", LEGACY_COMMIT.name), "not looked for yet");
-    let legacy = LegacyCommits::start(legacy_sender, seen, &mut kernel.probes, &metrics)?;
+    let (commit_sender, commits) = mpsc::channel(FACTS);
+    let hooks = CommitHooks::start(commit_sender, &mut kernel.probes, &metrics)?;
     let (questions, asked) = mpsc::channel(QUESTIONS);
-    let rule_settings = dataplane::Settings::default();
+    let rule_settings =
+        dataplane::Settings { dataplane: settings.dataplane, ..dataplane::Settings::default() };
     let kernel_side = Kernel {
         probes: kernel.probes,
         counters: kernel.counters,
@@ -118,14 +122,14 @@ fn start(settings: Settings, listener: TcpListener, server: Server) -> anyhow::R
         watches: watches.clone(),
         readiness: readiness.clone(),
     };
-    let desk = Desk::new(&node, kernel_side, legacy, shown);
+    let desk = Desk::new(&node, kernel_side, hooks, shown);
 
     let mut tasks = JoinSet::new();
     let sources =
         api::Sources { node: node.clone(), readiness: readiness.clone(), metrics, questions };
     tasks.spawn(named("HTTP server", api::serve(listener, sources)));
     tasks.spawn(named("event reader", kernel.events.run(event_sender)));
-    let rules = dataplane::run(rule_settings, legacy_signals, update_sender);
+    let rules = dataplane::run(rule_settings, commits, update_sender);
     tasks.spawn(named("dataplane reader", rules));
     tasks.spawn(named("cluster watch", async move {
         cluster::run(&server, &node, fact_sender, watches).await;

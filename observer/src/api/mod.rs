@@ -5,6 +5,7 @@
 pub mod terminations;
 
 use std::io::ErrorKind;
+use std::iter::once;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -92,10 +93,18 @@ async fn metrics(State(sources): State<Sources>) -> Response {
 async fn readyz(State(sources): State<Sources>) -> Response {
     let missing = sources.readiness.missing();
     if missing.is_empty() {
-        return "ok\n".into_response();
+        return lines(once("ok".to_owned()).chain(remarks(&sources))).into_response();
     }
-    let lines: String = missing.iter().map(|missing| missing.to_string() + "\n").collect();
-    (StatusCode::SERVICE_UNAVAILABLE, lines).into_response()
+    let missing = lines(missing.iter().map(ToString::to_string));
+    (StatusCode::SERVICE_UNAVAILABLE, missing).into_response()
+}
+
+fn remarks(sources: &Sources) -> impl Iterator<Item = String> {
+    sources.readiness.remarks().into_iter().map(|remark| remark.to_string())
+}
+
+fn lines(lines: impl Iterator<Item = String>) -> String {
+    lines.map(|line| line + "\n").collect()
 }
 
 async fn terminations(State(sources): State<Sources>) -> Response {

@@ -195,8 +195,12 @@ pub struct Removal {
     pub service: Option<String>,
     /// The first view of the endpoint as terminating, not ready or gone.
     pub endpoint_terminating: Option<Instant>,
-    /// When the rules stopped sending new connections to it.
+    /// When new connections ceased to be sent to it.
     pub backend_removed: Option<Instant>,
+    /// When a backend that was kept for the connections it had (IPVS: weight 0 since
+    /// `backendRemoved`) was deleted; null while it is kept, or when it never was.
+    #[serde(default)]
+    pub drained: Option<Instant>,
 }
 
 /// Seconds as a person reads them: the clocks are no better than microseconds, and a difference of
@@ -280,6 +284,7 @@ fn to_removal(removal: &correlate::Removal, offset: WallOffset) -> Removal {
         service: removal.service.as_ref().map(|service| service.0.to_string()),
         endpoint_terminating: removal.endpoint_terminating.map(|at| to_instant(at, offset)),
         backend_removed: removal.backend_removed.map(|at| to_instant(at, offset)),
+        drained: removal.drained.map(|at| to_instant(at, offset)),
     }
 }
 

@@ -208,6 +208,13 @@ impl Correlator {
         Some((pod.names.as_ref()?.0.clone(), pod.watched.as_ref()?.workload.clone()))
     }
 
+    /// Whether any pod is on its way out.
+    #[must_use]
+    pub fn is_terminating(&self) -> bool {
+        let mut pods = self.pods.values().filter(|pod| !pod.closed);
+        pods.any(|pod| assemble::floor(pod).is_some())
+    }
+
     fn open(&self) -> impl Iterator<Item = Timeline> {
         let assembler = self.assembler();
         self.pods

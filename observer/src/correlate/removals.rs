@@ -35,15 +35,15 @@ impl Assembler<'_> {
                     continue;
                 }
                 let gone = pod.gone_from(&keys);
-                let Fate::Backend(backend_removed) = fate(steps, floor, next_owner, gone) else {
-                    continue;
-                };
+                let fate = fate(steps, floor, next_owner, gone);
+                let Fate::Backend { backend_removed, drained } = fate else { continue };
                 let terminating =
                     keys.iter().filter_map(|key| endpoint_terminating(pod, key, floor, requested));
                 let removal = Removal {
                     service: backend.service.clone(),
                     endpoint_terminating: earliest(terminating),
                     backend_removed,
+                    drained,
                 };
                 removals.push((backend.clone(), removal));
             }
@@ -68,8 +68,8 @@ impl Assembler<'_> {
 enum Fate {
     /// The rules did not have it when the termination began, nor since.
     NoBackend,
-    /// They had it; the removal, once it happened.
-    Backend(Option<Instant>),
+    /// They had it; the removal and the end of draining, once they happened.
+    Backend { backend_removed: Option<Instant>, drained: Option<Instant> },
 }
 
 /// Follows one backend's steps from the floor on, up to the next owner of its address: as the pod
@@ -84,36 +84,35 @@ fn fate(
     if next_owner.is_some_and(|next| next <= floor) {
         return Fate::NoBackend;
     }
-    let at_floor = steps.range(..floor).next_back().map(|(_, (step, _))| *step);
-    let mut present = at_floor == Some(BackendStep::Added);
-    let mut known = present;
-    let mut removed = None;
+    let mut before = steps.range(..floor).next_back().map(|(_, (step, _))| *step);
+    let mut known = before == Some(BackendStep::Added);
+    let (mut backend_removed, mut drained) = (None, None);
     for (at, (step, uncertainty)) in steps.range(floor..) {
         if next_owner.is_some_and(|next| *at >= next) {
             break;
         }
+        let instant =
+            Instant { at: *at, uncertainty: Some(*uncertainty), source: Source::Dataplane };
         match step {
             BackendStep::Added => {
                 let others = next_owner.is_some_and(|next| at.plus(REUSE_SKEW) >= next)
                     || gone.is_some_and(|gone| *at >= gone);
-                if removed.is_some() && others {
+                if backend_removed.is_some() && others {
                     break;
                 }
-                present = true;
-                removed = None;
+                (known, backend_removed, drained) = (true, None, None);
             }
-            BackendStep::Removed => {
-                present = false;
-                removed = Some(Instant {
-                    at: *at,
-                    uncertainty: Some(*uncertainty),
-                    source: Source::Dataplane,
-                });
+            // What drained before the termination began is no backend of it.
+            BackendStep::Removed if before == Some(BackendStep::Draining) => {
+                drained = backend_removed.and(Some(instant));
+            }
+            BackendStep::Draining | BackendStep::Removed => {
+                (known, backend_removed) = (true, Some(instant));
             }
         }
-        known = true;
+        before = Some(*step);
     }
-    if known { Fate::Backend(removed.filter(|_| !present)) } else { Fate::NoBackend }
+    if known { Fate::Backend { backend_removed, drained } } else { Fate::NoBackend }
 }
 
 /// The last removal, once all backends are removed.

@@ -36,8 +36,11 @@ pub struct Removal {
     pub service: Option<ServicePort>,
     /// The first sight of the endpoint as terminating, not ready or gone.
     pub endpoint_terminating: Option<Instant>,
-    /// When the rules stopped sending new connections to it; `None` while they still do.
+    /// When new connections ceased to be sent to it; `None` while they still are.
     pub backend_removed: Option<Instant>,
+    /// When a backend that was kept for the connections it had (IPVS: weight 0 since
+    /// `backend_removed`) was deleted; `None` while it is kept, or when it never was.
+    pub drained: Option<Instant>,
 }
 
 /// The last new connection attempts at the pod after the deletion request, by where they came
@@ -187,7 +190,8 @@ impl Timeline {
             self.process_exited,
             self.pod_removed,
         ];
-        let removals = self.removals.iter().map(|removal| removal.backend_removed);
+        let removals = self.removals.iter();
+        let removals = removals.flat_map(|removal| [removal.backend_removed, removal.drained]);
         let instants = single.into_iter().chain(removals).flatten().map(|instant| instant.at);
         instants.chain(self.last_arrival())
     }

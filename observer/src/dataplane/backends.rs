@@ -5,9 +5,11 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use super::Dataplane;
 use super::nft::TableId;
 use super::reach::{Changes, Reached, Way};
-use super::rules::Family;
+use super::silent::SilentTable;
+use super::status::dataplane_of;
 use crate::facts::{Backend, BackendStep};
 
 /// Where rules are read from.
@@ -15,8 +17,30 @@ use crate::facts::{Backend, BackendStep};
 pub enum Origin {
     /// A table of `nf_tables`.
     Nft(TableId),
-    /// The legacy nat table of an IP version.
-    Legacy(Family),
+    /// A table that does not announce its changes.
+    Silent(SilentTable),
+}
+
+impl Origin {
+    /// The dataplane it is part of, if it is one's.
+    #[must_use]
+    pub fn dataplane(&self) -> Option<Dataplane> {
+        match self {
+            Self::Nft(table) => dataplane_of(table),
+            Self::Silent(table) => Some(table.dataplane()),
+        }
+    }
+}
+
+/// What becomes of new connections to a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// None is sent to it.
+    Absent,
+    /// None is sent to it any more, but it is kept for those it has.
+    Draining,
+    /// They are sent to it.
+    Present,
 }
 
 /// What each origin reaches.
@@ -30,11 +54,12 @@ impl Backends {
     /// Replaces what some origins reach, at one moment; gives what that changed of the whole, in
     /// the order of the backends.
     pub fn replace(&mut self, now: Vec<(Origin, Reached)>) -> Vec<(Backend, BackendStep)> {
-        let nothing = BTreeSet::new();
+        let nothing = Reached::default();
         let mut touched: BTreeSet<Backend> = BTreeSet::new();
         for (origin, reached) in &now {
-            let before = self.origins.get(origin).map_or(&nothing, |before| &before.backends);
-            touched.extend(before.symmetric_difference(&reached.backends).cloned());
+            let before = self.origins.get(origin).unwrap_or(&nothing);
+            touched.extend(before.backends.symmetric_difference(&reached.backends).cloned());
+            touched.extend(before.draining.symmetric_difference(&reached.draining).cloned());
         }
         self.stepped(touched, |origins| {
             for (origin, reached) in now {
@@ -69,22 +94,23 @@ impl Backends {
         touched: BTreeSet<Backend>,
         change: impl FnOnce(&mut HashMap<Origin, Reached>),
     ) -> Vec<(Backend, BackendStep)> {
-        let touched: Vec<(bool, Backend)> =
-            touched.into_iter().map(|backend| (self.contains(&backend), backend)).collect();
+        let touched: Vec<(State, Backend)> =
+            touched.into_iter().map(|backend| (self.state(&backend), backend)).collect();
         change(&mut self.origins);
         let mut steps = Vec::new();
-        for (was, backend) in touched {
-            match (was, self.contains(&backend)) {
-                (false, true) => {
-                    self.count += 1;
-                    steps.push((backend, BackendStep::Added));
-                }
-                (true, false) => {
-                    self.count -= 1;
-                    steps.push((backend, BackendStep::Removed));
-                }
-                _ => {}
+        for (before, backend) in touched {
+            let now = self.state(&backend);
+            if now == before {
+                continue;
             }
+            self.count -= usize::from(before == State::Present);
+            self.count += usize::from(now == State::Present);
+            let step = match now {
+                State::Absent => BackendStep::Removed,
+                State::Draining => BackendStep::Draining,
+                State::Present => BackendStep::Added,
+            };
+            steps.push((backend, step));
         }
         steps
     }
@@ -95,14 +121,35 @@ impl Backends {
         self.count
     }
 
-    fn contains(&self, backend: &Backend) -> bool {
-        self.origins.values().any(|reached| reached.backends.contains(backend))
+    /// How many of them a dataplane has.
+    #[must_use]
+    pub fn count_of(&self, dataplane: Dataplane) -> usize {
+        let of = |origin: &Origin| origin.dataplane() == Some(dataplane);
+        let reached = self.origins.iter().filter(|(origin, _)| of(origin));
+        reached.map(|(_, reached)| reached.backends.len()).sum()
+    }
+
+    fn state(&self, backend: &Backend) -> State {
+        if self.origins.values().any(|reached| reached.backends.contains(backend)) {
+            State::Present
+        } else if self.origins.values().any(|reached| reached.draining.contains(backend)) {
+            State::Draining
+        } else {
+            State::Absent
+        }
     }
 
     /// Every backend, once.
     #[must_use]
     pub fn all(&self) -> BTreeSet<Backend> {
         self.origins.values().flat_map(|reached| reached.backends.iter().cloned()).collect()
+    }
+
+    /// Every backend that is being drained, once.
+    #[must_use]
+    pub fn draining(&self) -> BTreeSet<Backend> {
+        let all = self.origins.values().flat_map(|reached| &reached.draining);
+        all.filter(|backend| self.state(backend) == State::Draining).cloned().collect()
     }
 
     /// Reachable destination NAT that could not be told, in all origins.
@@ -115,7 +162,7 @@ impl Backends {
     pub fn tables(&self) -> impl Iterator<Item = &TableId> {
         self.origins.keys().filter_map(|origin| match origin {
             Origin::Nft(table) => Some(table),
-            Origin::Legacy(_) => None,
+            Origin::Silent(_) => None,
         })
     }
 }
@@ -131,6 +178,7 @@ fn put(origins: &mut HashMap<Origin, Reached>, origin: Origin, reached: Reached)
 #[cfg(test)]
 mod tests {
     use super::super::nft::TableFamily;
+    use super::super::rules::Family;
     use super::*;
     use crate::facts::Protocol;
 
@@ -140,14 +188,17 @@ mod tests {
     }
 
     fn reached(lasts: &[u8]) -> Reached {
-        Reached { backends: lasts.iter().map(|&last| backend(last)).collect(), unresolved: 0 }
+        Reached {
+            backends: lasts.iter().map(|&last| backend(last)).collect(),
+            ..Reached::default()
+        }
     }
 
     fn nft() -> Origin {
         Origin::Nft(TableId { family: TableFamily::Ip, name: "kube-proxy".into() })
     }
 
-    const LEGACY: Origin = Origin::Legacy(Family::V4);
+    const LEGACY: Origin = Origin::Silent(SilentTable::Legacy(Family::V4));
 
     #[test]
     fn a_change_is_what_differs_and_an_identical_rewrite_is_none() {
@@ -173,6 +224,32 @@ mod tests {
             backends.replace(vec![(LEGACY, reached(&[]))]),
             [(backend(1), BackendStep::Removed)]
         );
+    }
+
+    #[test]
+    fn a_drained_backend_is_told_twice_and_may_come_back() {
+        let drained = |lasts: &[u8]| Reached { draining: reached(lasts).backends, ..reached(&[]) };
+        let mut backends = Backends::default();
+        backends.replace(vec![(LEGACY, reached(&[1, 2]))]);
+        let steps = backends.replace(vec![(LEGACY, drained(&[1, 2]))]);
+        assert_eq!(
+            steps,
+            [(backend(1), BackendStep::Draining), (backend(2), BackendStep::Draining)]
+        );
+        assert_eq!((backends.count(), backends.draining().len()), (0, 2));
+        let steps = backends.replace(vec![(LEGACY, reached(&[2]))]);
+        assert_eq!(steps, [(backend(1), BackendStep::Removed), (backend(2), BackendStep::Added)]);
+        assert_eq!((backends.count(), backends.draining().len()), (1, 0));
+    }
+
+    #[test]
+    fn a_backend_that_another_table_still_uses_is_not_draining() {
+        let drained = Reached { draining: reached(&[1]).backends, ..Reached::default() };
+        let mut backends = Backends::default();
+        backends.replace(vec![(nft(), reached(&[1])), (LEGACY, reached(&[1]))]);
+        assert_eq!(backends.replace(vec![(LEGACY, drained)]), []);
+        let steps = backends.replace(vec![(nft(), reached(&[]))]);
+        assert_eq!(steps, [(backend(1), BackendStep::Draining)]);
     }
 
     #[test]

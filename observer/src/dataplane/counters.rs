@@ -25,7 +25,7 @@ impl Counter {
 /// All counters of the dataplane, since the observer started.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Commits of `nf_tables` and of legacy tables, whether or not they changed a backend.
+    /// Commits that were seen, of any dataplane, whether or not they changed a backend.
     pub commits: Counter,
     /// Netlink messages and legacy tables that are not what the kernel writes.
     pub malformed: Counter,
@@ -39,8 +39,8 @@ pub struct Counters {
     pub resyncs: Counter,
     /// Full reads given up because the rules changed meanwhile, and tried again.
     pub interrupted_reads: Counter,
-    /// Reads of a legacy table.
-    pub legacy_reads: Counter,
-    /// Legacy tables that could not be read.
-    pub legacy_failures: Counter,
+    /// Reads of tables that do not announce their changes.
+    pub table_reads: Counter,
+    /// Such tables that could not be read.
+    pub table_failures: Counter,
 }

@@ -2,13 +2,14 @@
 //!
 //! Reads `nf_tables` (kube-proxy's nftables mode, iptables-nft) by netlink and iptables-legacy by
 //! getsockopt, both into the same small rule types, walks those from where new connections enter,
-//! and reports the difference after each commit. Everything but [`run`] and the two readers is
+//! and reports the difference after each commit. Everything but [`run`] and the readers is
 //! pure. Belongs to one network namespace, the node's. Refuses to guess: what could not be seen
 //! becomes a [`Blindness`], what could not be told is counted.
 //!
 //! - [`rules`]: tables, chains, rules and maps, reduced.
 //! - [`nft`], [`legacy`]: read them. `xt`: the parts both share. `names`: whose they are.
 //! - [`reach`]: walks a table. [`backends`]: the whole set and its changes.
+//! - [`silent`]: tables that do not announce their changes. `status`: which dataplane serves.
 
 pub mod backends;
 pub mod counters;
@@ -19,9 +20,12 @@ pub mod nft;
 pub mod reach;
 pub mod rules;
 mod run;
+pub mod silent;
+mod status;
 mod xt;
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::sync::Arc;
 
 use crate::facts::{Backend, BackendChange, Blindness, BootNs};
@@ -30,6 +34,7 @@ pub use counters::{Counter, Counters};
 pub use legacy::legacy_tables_in_use;
 pub use rules::Family;
 pub use run::run;
+pub use silent::SilentTable;
 
 /// Room for what a full rewrite of 10,000 Services sends (some 60 MB with the kernel's overhead)
 /// while the observer is busy. Memory is only used while messages wait.
@@ -40,29 +45,42 @@ const RECEIVE_BUFFER_BYTES: usize = 64 << 20;
 pub struct Settings {
     /// Bytes of netlink messages that may wait; the kernel drops and says so beyond.
     pub receive_buffer_bytes: usize,
+    /// The only dataplane to follow; `None` for whichever there are.
+    pub dataplane: Option<Dataplane>,
     /// Where to count.
     pub counters: Arc<Counters>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { receive_buffer_bytes: RECEIVE_BUFFER_BYTES, counters: Arc::default() }
+        Self {
+            receive_buffer_bytes: RECEIVE_BUFFER_BYTES,
+            dataplane: None,
+            counters: Arc::default(),
+        }
     }
 }
 
-/// What is known of commits to legacy tables in this network namespace.
+/// What is known of commits to tables that do not announce them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LegacySignal {
-    /// The kernel program saw a table replaced.
+pub enum CommitSignal {
+    /// A kernel hook saw a commit.
     Commit {
-        /// When the setsockopt call returned; the new rules took effect during the call.
+        /// When the call that made it returned; it took effect during the call.
         at: BootNs,
-        /// Which IP version's.
-        family: Family,
+        /// Which table.
+        table: SilentTable,
     },
-    /// Commits of this span may not be reported: the program was not attached yet, or events were
-    /// lost. Sent once after the program is attached, with the last moment when
-    /// [`legacy_tables_in_use`] was false (or the observer's start) as `from`.
+    /// Nothing tells of the commits of this table: look whether there was one.
+    Look {
+        /// When this was asked for; a reading since then will do.
+        at: BootNs,
+        /// Which table.
+        table: SilentTable,
+    },
+    /// Commits of this span may not be reported: the hook was not attached yet, or events were
+    /// lost. Sent once after the hook is attached, with the last moment when it was not needed (or
+    /// the observer's start) as `from`.
     Missed {
         /// The last moment without a loss.
         from: BootNs,
@@ -71,15 +89,19 @@ pub enum LegacySignal {
     },
 }
 
-/// What turns Service addresses into backends.
+/// What turns Service addresses into backends; in the order in which a connection meets them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Dataplane {
+    /// Cilium in place of kube-proxy.
+    Cilium,
     /// kube-proxy in nftables mode.
     Nftables,
     /// kube-proxy in iptables mode over `nf_tables`.
     IptablesNft,
     /// kube-proxy in iptables mode over the legacy tables.
     IptablesLegacy,
+    /// kube-proxy in IPVS mode.
+    Ipvs,
 }
 
 impl Dataplane {
@@ -87,22 +109,59 @@ impl Dataplane {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Cilium => "cilium",
             Self::Nftables => "nftables",
             Self::IptablesNft => "iptables-nft",
             Self::IptablesLegacy => "iptables-legacy",
+            Self::Ipvs => "ipvs",
         }
+    }
+}
+
+impl fmt::Display for Dataplane {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 
 /// What the rules contain now, for readiness and metrics.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {
-    /// Those whose rules exist; empty when kube-proxy has written none.
+    /// Those that have backends or, when none has, whose rules exist; empty when none do.
     pub in_use: BTreeSet<Dataplane>,
+    /// The one of them that is kept up to date.
+    pub serving: Option<Dataplane>,
     /// How many backends there are.
     pub backends: usize,
     /// Reachable rules whose destination this decoder cannot tell.
     pub unresolved: usize,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(serving) = self.serving else {
+            return f.write_str(
+                "no dataplane is found: neither rules of kube-proxy (nftables, iptables, IPVS) nor \
+                 maps of Cilium in this network namespace; is hostNetwork set?",
+            );
+        };
+        write!(f, "{serving} serves Services ({} backends)", self.backends)?;
+        let others: Vec<&str> = self
+            .in_use
+            .iter()
+            .filter(|other| **other != serving)
+            .map(|other| other.name())
+            .collect();
+        if !others.is_empty() {
+            write!(
+                f,
+                "; {} also has some, left behind perhaps: a backend counts as removed when the \
+                 last lets go, choose one with --dataplane",
+                others.join(", ")
+            )?;
+        }
+        Ok(())
+    }
 }
 
 /// What the dataplane reports.
@@ -113,7 +172,9 @@ pub enum Update {
         /// When reading the rules began.
         at: BootNs,
         /// Every backend.
-        backends: Vec<Backend>,
+        backends: BTreeSet<Backend>,
+        /// Those that are being drained.
+        draining: BTreeSet<Backend>,
     },
     /// A backend was added or removed. After a loss, its uncertainty reaches back to the last
     /// moment known to be complete.

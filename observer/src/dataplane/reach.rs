@@ -25,6 +25,8 @@ const MAX_ROUNDS: usize = 64;
 pub struct Reached {
     /// The backends.
     pub backends: BTreeSet<Backend>,
+    /// Destinations that are sent nothing new any more, but kept for the connections they have.
+    pub draining: BTreeSet<Backend>,
     /// Reachable destination NAT whose target could not be told, or whose protocol is unknown.
     pub unresolved: usize,
 }
@@ -169,7 +171,11 @@ impl Reach {
     /// What it reaches now.
     #[must_use]
     pub fn reached(&self) -> Reached {
-        Reached { backends: self.backends.keys().cloned().collect(), unresolved: self.unresolved() }
+        Reached {
+            backends: self.backends.keys().cloned().collect(),
+            unresolved: self.unresolved(),
+            ..Reached::default()
+        }
     }
 
     fn unresolved(&self) -> usize {

@@ -6,20 +6,20 @@ use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::follower::Follower;
-use super::{LegacySignal, Settings, Update};
+use super::{CommitSignal, Settings, Update};
 
-/// How long after a legacy table could not be read it is tried again: what it holds is unknown until
+/// How long after a table could not be read it is tried again: what it holds is unknown until
 /// then, and the next commit may be hours away.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Follows the rules of the network namespace this is called in until the receiver of `updates`
-/// is gone (`Ok`) or the rules cannot be read any more. `legacy` may be closed at any time.
+/// is gone (`Ok`) or the rules cannot be read any more. `signals` may be closed at any time.
 ///
 /// # Errors
 /// When a socket cannot be opened or read: usually `CAP_NET_ADMIN` or `CAP_NET_RAW` is missing.
 pub async fn run(
     settings: Settings,
-    mut legacy: mpsc::Receiver<LegacySignal>,
+    mut signals: mpsc::Receiver<CommitSignal>,
     updates: mpsc::Sender<Update>,
 ) -> anyhow::Result<()> {
     let mut follower = Follower::start(&settings, updates.clone()).await?;
@@ -28,7 +28,7 @@ pub async fn run(
     while !updates.is_closed() {
         tokio::select! {
             arrival = follower.next() => follower.take(arrival?).await?,
-            Some(signal) = legacy.recv() => follower.read_legacy(signal, &mut legacy).await,
+            Some(signal) = signals.recv() => follower.take_signal(signal, &mut signals).await,
             _ = retry.tick(), if follower.has_unread() => follower.read_unread().await,
             () = updates.closed() => {}
         }

@@ -33,7 +33,7 @@ use self::btf::Btf;
 use self::cgroups::Cgroups;
 use self::counters::Counters;
 use self::layout::Resolved;
-use self::probes::{LEGACY_COMMIT, Probe, SIGNALS};
+use self::probes::{Probe, SIGNALS, Signal};
 use crate::clock;
 use crate::facts::KernelEvent;
 
@@ -173,19 +173,19 @@ impl Probes {
         &self.resolved.missing
     }
 
-    /// Attaches or detaches the hook for legacy iptables, which runs at every system call.
+    /// Attaches or detaches a signal that is not needed all the time.
     ///
     /// # Errors
-    /// When the program cannot be unloaded. A failed attach shows in [`Self::states`].
-    pub fn watch_legacy_commits(&mut self, wanted: bool) -> anyhow::Result<()> {
-        let attached = self.states.iter().position(|probe| probe.signal == LEGACY_COMMIT.name);
-        match (wanted, attached) {
+    /// When a program cannot be unloaded. A failed attach shows in [`Self::states`].
+    pub fn watch(&mut self, signal: &Signal, wanted: bool) -> anyhow::Result<()> {
+        let known = self.states.iter().position(|probe| probe.signal == signal.name);
+        match (wanted, known) {
             (true, None) => {
                 let Self { ebpf, kernel, resolved, types, states } = self;
-                states.push(probes::attach(&LEGACY_COMMIT, ebpf, kernel, resolved, types));
+                states.push(probes::attach(signal, ebpf, kernel, resolved, types));
             }
             (false, Some(index)) => {
-                probes::detach(&LEGACY_COMMIT, &mut self.ebpf)?;
+                probes::detach(signal, &mut self.ebpf)?;
                 self.states.remove(index);
             }
             _ => {}

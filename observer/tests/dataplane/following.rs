@@ -5,7 +5,9 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use observer::dataplane::{Counters, Family, LegacySignal, Settings, Status, Update, run};
+use observer::dataplane::{
+    CommitSignal, Counters, Family, Settings, SilentTable, Status, Update, run,
+};
 use observer::facts::{Backend, BackendChange, BackendStep, Blindness, BootNs};
 use tokio::sync::mpsc::{self, Receiver, Sender};
 
@@ -19,7 +21,7 @@ pub(crate) const ROOMY_BYTES: usize = 16 << 20;
 /// A follower that runs in this namespace.
 pub(crate) struct Running {
     updates: Receiver<Update>,
-    signals: Sender<LegacySignal>,
+    signals: Sender<CommitSignal>,
     pub(crate) counters: Arc<Counters>,
     markers: u8,
     pub(crate) status: Status,
@@ -49,6 +51,7 @@ impl Reported {
             Update::Change(change) => match change.step {
                 BackendStep::Added => self.added.push(change),
                 BackendStep::Removed => self.removed.push(change),
+                BackendStep::Draining => panic!("rules do not drain: {change:?}"),
             },
             Update::Blind(blind) => self.blind.push(blind),
             Update::Present { .. } | Update::Status(_) => {}
@@ -64,7 +67,8 @@ impl Running {
     /// Starts it; gives what was present.
     pub(crate) async fn start(receive_buffer_bytes: usize) -> (Self, BTreeSet<String>) {
         let counters = Arc::new(Counters::default());
-        let settings = Settings { receive_buffer_bytes, counters: counters.clone() };
+        let settings =
+            Settings { receive_buffer_bytes, counters: counters.clone(), ..Settings::default() };
         let (signals, received) = mpsc::channel(16);
         let (sender, updates) = mpsc::channel(1024);
         tokio::spawn(async move {
@@ -81,12 +85,15 @@ impl Running {
 
     /// Tells it of a commit to a legacy table, as the kernel program does.
     pub(crate) async fn legacy_committed(&self, at: BootNs, family: Family) {
-        self.signals.send(LegacySignal::Commit { at, family }).await.expect("it still runs");
+        self.signals
+            .send(CommitSignal::Commit { at, table: SilentTable::Legacy(family) })
+            .await
+            .expect("it still runs");
     }
 
     /// Tells it that commits to legacy tables may have gone unnoticed.
     pub(crate) async fn legacy_missed(&self, from: BootNs, until: BootNs) {
-        self.signals.send(LegacySignal::Missed { from, until }).await.expect("it still runs");
+        self.signals.send(CommitSignal::Missed { from, until }).await.expect("it still runs");
     }
 
     pub(crate) async fn next(&mut self) -> Update {
@@ -105,6 +112,7 @@ impl Running {
             Update::Change(BackendChange { backend, step: BackendStep::Removed, .. }) => {
                 assert!(self.backends.remove(backend), "removed before it was there: {backend:?}");
             }
+            Update::Change(change) => panic!("rules do not drain: {change:?}"),
             Update::Status(status) => self.status = status.clone(),
             Update::Blind(_) => {}
         }

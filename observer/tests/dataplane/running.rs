@@ -179,7 +179,7 @@ fn two_legacy_commits_before_one_read_share_their_span() {
             assert_eq!(change.at, last);
             assert!(change.at.minus(change.uncertainty) <= first);
         }
-        assert_eq!(running.counters.legacy_reads.get(), 2 + 1, "both families at start, then once");
+        assert_eq!(running.counters.table_reads.get(), 2 + 1, "both families at start, then once");
     });
 }
 
@@ -222,7 +222,7 @@ fn a_failed_legacy_read_is_tried_again_without_another_commit() {
                 assert!(reported.removed.is_empty(), "{reported:?}");
                 assert_eq!(reported.blind[0].from, from, "blind until it can be read");
             }
-            assert!(running.counters.legacy_failures.get() >= 2);
+            assert!(running.counters.table_failures.get() >= 2);
             allow_net_admin(true);
             let done =
                 |update: &Update| matches!(update, Update::Status(status) if status.backends == 1);

@@ -1,0 +1,156 @@
+//! Hooks for commits to tables that do not announce them: attached while such a table exists, for
+//! most run at every system call of the machine. Tells the dataplane's reader of commits and of
+//! spans in which one may have been missed.
+//!
+//! Where a hook cannot be attached the table is looked at instead, and only while a termination is
+//! open: a change is then known as exactly as the looks are apart.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use crate::clock;
+use crate::dataplane::{CommitSignal, Family, SilentTable, legacy_tables_in_use};
+use crate::facts::{BootNs, Happening};
+use crate::kernel::Probes;
+use crate::kernel::probes::{LEGACY_COMMIT, Signal};
+use crate::metrics::Metrics;
+
+/// How far apart looks at a table without a hook are, and so the uncertainty of what they find.
+/// Far below the whole seconds of a preStop sleep.
+pub(super) const LOOK: Duration = Duration::from_millis(100);
+
+const LEGACY: &[SilentTable] = &[SilentTable::Legacy(Family::V4), SilentTable::Legacy(Family::V6)];
+
+/// A hook that tells of commits to some tables.
+struct Hook {
+    signal: &'static Signal,
+    tables: &'static [SilentTable],
+    /// Whether one of the tables exists.
+    in_use: fn() -> bool,
+    wanted: bool,
+    /// Whether it could be attached.
+    attached: bool,
+    /// The last moment when it was not needed, or the start.
+    absent_at: BootNs,
+}
+
+/// All hooks, and the way to the dataplane's reader.
+pub(super) struct CommitHooks {
+    signals: mpsc::Sender<CommitSignal>,
+    hooks: Vec<Hook>,
+    /// Since when commits may have gone unreported.
+    missed_from: Option<BootNs>,
+}
+
+impl CommitHooks {
+    /// Attaches those that are needed at once: the dataplane's reader starts later and reads every
+    /// table then, so nothing before that counts as missed.
+    ///
+    /// # Errors
+    /// When a hook cannot be detached.
+    pub(super) fn start(
+        signals: mpsc::Sender<CommitSignal>,
+        probes: &mut Probes,
+        metrics: &Metrics,
+    ) -> anyhow::Result<Self> {
+        let hook = |signal, tables, in_use| Hook {
+            signal,
+            tables,
+            in_use,
+            wanted: false,
+            attached: false,
+            absent_at: clock::now(),
+        };
+        let mut hooks = vec![hook(&LEGACY_COMMIT, LEGACY, legacy_tables_in_use as fn() -> bool)];
+        for hook in &mut hooks {
+            hook.want((hook.in_use)(), probes, metrics)?;
+        }
+        Ok(Self { signals, hooks, missed_from: None })
+    }
+
+    /// A kernel event: a commit is passed on. Where that cannot be at once it becomes a missed
+    /// span.
+    pub(super) fn committed(&mut self, at: BootNs, happening: Happening) {
+        let tables = match happening {
+            Happening::LegacyCommit { family: 4 } => &LEGACY[..1],
+            Happening::LegacyCommit { family: 6 } => &LEGACY[1..],
+            Happening::LegacyCommit { .. } => LEGACY,
+            _ => return,
+        };
+        for table in tables {
+            if self.signals.try_send(CommitSignal::Commit { at, table: *table }).is_err() {
+                self.missed_since(at);
+            }
+        }
+    }
+
+    /// Commits since `from` may have gone unreported.
+    pub(super) fn missed_since(&mut self, from: BootNs) {
+        if self.hooks.iter().any(|hook| hook.wanted) {
+            self.missed_from = Some(self.missed_from.map_or(from, |earlier| earlier.min(from)));
+        }
+    }
+
+    /// Attaches or detaches hooks as tables come and go, and reports a missed span.
+    ///
+    /// # Errors
+    /// When a hook cannot be detached.
+    pub(super) fn tick(
+        &mut self,
+        now: BootNs,
+        probes: &mut Probes,
+        metrics: &Metrics,
+    ) -> anyhow::Result<()> {
+        let mut missed = Vec::new();
+        for hook in &mut self.hooks {
+            let in_use = (hook.in_use)();
+            if in_use != hook.wanted {
+                hook.want(in_use, probes, metrics)?;
+                if in_use {
+                    missed.push(hook.absent_at);
+                }
+            }
+            if !in_use {
+                hook.absent_at = now;
+            }
+        }
+        for from in missed {
+            self.missed_since(from);
+        }
+        if let Some(from) = self.missed_from
+            && self.signals.try_send(CommitSignal::Missed { from, until: now }).is_ok()
+        {
+            self.missed_from = None;
+        }
+        Ok(())
+    }
+
+    /// Has the tables looked at whose commits nothing tells of. One look more or less does not
+    /// matter, so a full queue is no loss.
+    pub(super) fn look(&self, now: BootNs) {
+        for hook in self.hooks.iter().filter(|hook| hook.wanted && !hook.attached) {
+            for table in hook.tables {
+                let _full = self.signals.try_send(CommitSignal::Look { at: now, table: *table });
+            }
+        }
+    }
+}
+
+impl Hook {
+    fn want(&mut self, wanted: bool, probes: &mut Probes, metrics: &Metrics) -> anyhow::Result<()> {
+        probes.watch(self.signal, wanted)?;
+        self.wanted = wanted;
+        let probe = probes.states().iter().find(|probe| probe.signal == self.signal.name);
+        self.attached = probe.is_some_and(|probe| probe.method.is_some());
+        metrics.set_probe(self.signal.name, probe.and_then(|probe| probe.method));
+        let signal = self.signal.name;
+        if let Some(problem) = probe.and_then(|probe| probe.problem.as_ref()) {
+            warn!(signal, problem, "no hook for commits: looking every {LOOK:?} while a pod ends");
+        } else {
+            info!(signal, attached = self.attached, "hook for commits");
+        }
+        Ok(())
+    }
+}
