@@ -14,3 +14,4 @@ mod running;
 mod scenarios;
 mod timeline;
 mod timing;
+mod trace;

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
+use std::sync::{PoisonError, RwLock};
 use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
@@ -12,8 +13,22 @@ use observer::dataplane::nft::{Arrival, Dumper, Subscription};
 use observer::dataplane::{Counters, Family, reach};
 use observer::facts::Backend;
 
+/// Held by every test, and alone by those that measure times.
+static RUNNING: RwLock<()> = RwLock::new(());
+
 /// Runs `test` on a thread of its own in a new network namespace, which goes with the thread.
 pub(crate) fn in_namespace(test: impl FnOnce() + Send + 'static) {
+    let _with_others = RUNNING.read().unwrap_or_else(PoisonError::into_inner);
+    in_new_namespace(test);
+}
+
+/// As [`in_namespace`], while no other test of this program runs.
+pub(crate) fn alone_in_namespace(test: impl FnOnce() + Send + 'static) {
+    let _alone = RUNNING.write().unwrap_or_else(PoisonError::into_inner);
+    in_new_namespace(test);
+}
+
+fn in_new_namespace(test: impl FnOnce() + Send + 'static) {
     let thread = thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("make a network namespace: this test needs root");
         test();
