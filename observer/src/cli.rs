@@ -45,6 +45,9 @@ pub enum Command {
     /// Ask the agents of all nodes and print what each workload needs
     #[command(after_help = EXIT_CODES)]
     Report(ReportArgs),
+    /// Print what this node sends new connections to now, by Service; needs no running agent
+    #[command(after_help = EXIT_CODES)]
+    Backends(BackendsArgs),
 }
 
 /// Flags of `observer run`.
@@ -154,6 +157,18 @@ impl DataplaneChoice {
             Self::Cilium => Some(Dataplane::Cilium),
         }
     }
+}
+
+/// Flags of `observer backends`.
+#[derive(Debug, Args)]
+pub struct BackendsArgs {
+    /// What turns Service addresses into pod addresses on this node; auto reads all there are
+    #[arg(long, env = "OBSERVER_DATAPLANE", value_name = "KIND", default_value = "auto")]
+    pub dataplane: DataplaneChoice,
+
+    /// How they are printed
+    #[arg(long, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
 }
 
 /// How the log is written.
@@ -267,7 +282,7 @@ mod tests {
         let line = ["observer", "run", "--node-name=node-1"].iter().chain(flags);
         match Cli::try_parse_from(line).map_err(|error| error.to_string())?.command {
             Command::Run(args) => Ok(args),
-            Command::Report(_) => Err("not a run".to_owned()),
+            Command::Report(_) | Command::Backends(_) => Err("not a run".to_owned()),
         }
     }
 

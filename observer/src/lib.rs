@@ -17,11 +17,15 @@ pub mod metrics;
 pub mod recommend;
 
 pub mod api;
+pub mod backends;
 pub mod report;
 
 pub mod agent;
 pub mod cli;
 pub mod logging;
+
+#[doc(hidden)]
+pub mod fuzzing;
 
 #[cfg(test)]
 mod sample;

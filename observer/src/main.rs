@@ -5,9 +5,10 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use observer::cli::{Cli, Command, ReportArgs, RunArgs};
-use observer::kernel::StartError;
-use observer::{agent, logging, report};
+use observer::cli::{BackendsArgs, Cli, Command, ReportArgs, RunArgs};
+use observer::dataplane::Settings;
+use observer::kernel::{self, StartError};
+use observer::{agent, backends, logging, report};
 
 /// The daemon waits far more than it works, and the node's cores belong to its pods: a thread per
 /// core would only cost memory.
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Run(args) => run(args),
         Command::Report(args) => print_report(&args),
+        Command::Backends(args) => print_backends(&args),
     };
     let Err(error) = outcome else { return ExitCode::SUCCESS };
     // Where even this cannot be written, the exit code still tells.
@@ -45,6 +47,19 @@ fn run(args: RunArgs) -> anyhow::Result<()> {
         cluster: args.cluster_cidr,
         dataplane: args.dataplane.only(),
     }))
+}
+
+fn print_backends(args: &BackendsArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let settings = Settings { dataplane: args.dataplane.only(), ..Settings::default() };
+    let (mut out, mut notes) = (io::stdout().lock(), io::stderr().lock());
+    let printed = backends::run(settings, args.output, &mut out, &mut notes);
+    runtime.context("cannot start the runtime")?.block_on(printed).map_err(permission)
+}
+
+/// A lack of permissions has an exit code of its own.
+fn permission(error: anyhow::Error) -> anyhow::Error {
+    if kernel::is_permission_error(&error) { StartError::NoPermission(error).into() } else { error }
 }
 
 fn print_report(args: &ReportArgs) -> anyhow::Result<()> {

@@ -34,6 +34,24 @@ fn observer(flags: &[&str]) -> Command {
     command
 }
 
+/// What the captured rules send connections to.
+const SERVICES: &str = "\
+default/kubernetes:https TCP
+  10.99.0.1:6443
+default/np:http TCP
+  10.244.0.18:8080
+  10.244.0.19:8080
+  10.244.0.20:8080
+default/udp:u UDP
+  10.244.0.18:5353
+  10.244.0.19:5353
+  10.244.0.20:5353
+default/web:http TCP
+  10.244.0.18:8080
+  10.244.0.19:8080
+  10.244.0.20:8080
+";
+
 /// Exit code and what was said on stderr.
 fn outcome(mut command: Command) -> (Option<i32>, String) {
     let Output { status, stderr, .. } = command.output().expect("the binary starts");
@@ -283,6 +301,38 @@ fn run(command: &mut Command) {
 fn load_kube_proxys_rules() {
     let rules = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/captures/nftables-1.36/0-before.nft");
     run(Command::new("nft").args(["-f", rules]));
+}
+
+#[test]
+fn backends_are_printed_by_service_or_their_absence_explained() {
+    own_network();
+    let (code, said) = outcome(observer(&["backends"]));
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.starts_with("error: no dataplane is found: "), "{said}");
+
+    load_kube_proxys_rules();
+    let printed = observer(&["backends"]).output().expect("the binary starts");
+    assert_eq!(text_of(&printed.stdout), SERVICES);
+    assert!(text_of(&printed.stderr).starts_with("nftables serves Services ("), "{printed:?}");
+    let printed = observer(&["backends", "--output=json", "--dataplane=nftables"]).output();
+    let printed = printed.expect("the binary starts");
+    let listing: serde_json::Value = serde_json::from_slice(&printed.stdout).expect("JSON");
+    assert_eq!(listing["serving"], "nftables");
+    let (code, said) = outcome(observer(&["backends", "--dataplane=iptables-legacy"]));
+    assert_eq!((code, said.contains("no dataplane is found")), (Some(1), true), "{said}");
+}
+
+#[test]
+fn backends_without_permission_say_which_is_needed() {
+    let mut command = observer(&["backends"]);
+    command.uid(NOBODY).gid(NOBODY);
+    let (code, said) = outcome(command);
+    assert_eq!(code, Some(3), "{said}");
+    assert!(said.starts_with("error: not permitted ("), "{said}");
+}
+
+fn text_of(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).expect("text")
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ pub mod backends;
 pub mod counters;
 mod follower;
 pub mod legacy;
-mod names;
+pub(crate) mod names;
 pub mod nft;
 pub mod reach;
 pub mod rules;
@@ -32,8 +32,9 @@ use crate::facts::{Backend, BackendChange, Blindness, BootNs};
 
 pub use counters::{Counter, Counters};
 pub use legacy::legacy_tables_in_use;
+pub use nft::follow::CommitStamps;
 pub use rules::Family;
-pub use run::run;
+pub use run::{read, run};
 pub use silent::SilentTable;
 
 /// Room for what a full rewrite of 10,000 Services sends (some 60 MB with the kernel's overhead)
@@ -47,8 +48,21 @@ pub struct Settings {
     pub receive_buffer_bytes: usize,
     /// The only dataplane to follow; `None` for whichever there are.
     pub dataplane: Option<Dataplane>,
+    /// Tells when commits to `nf_tables` began, on kernels where a hook does.
+    pub commit_stamps: Option<StampsOf>,
     /// Where to count.
     pub counters: Arc<Counters>,
+}
+
+/// Tells when the kernel began the latest commits to `nf_tables` on behalf of a thread, which is
+/// given by its id in the root pid namespace; `None` for one that is not known to have made any.
+#[derive(Clone)]
+pub struct StampsOf(pub Arc<dyn Fn(u32) -> Option<CommitStamps> + Send + Sync>);
+
+impl fmt::Debug for StampsOf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("StampsOf")
+    }
 }
 
 impl Default for Settings {
@@ -56,6 +70,7 @@ impl Default for Settings {
         Self {
             receive_buffer_bytes: RECEIVE_BUFFER_BYTES,
             dataplane: None,
+            commit_stamps: None,
             counters: Arc::default(),
         }
     }
@@ -162,6 +177,17 @@ impl fmt::Display for Status {
         }
         Ok(())
     }
+}
+
+/// What the rules say at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// In all.
+    pub status: Status,
+    /// Every backend.
+    pub backends: BTreeSet<Backend>,
+    /// Those that are being drained.
+    pub draining: BTreeSet<Backend>,
 }
 
 /// What the dataplane reports.

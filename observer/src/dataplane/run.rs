@@ -6,11 +6,32 @@ use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::follower::Follower;
-use super::{CommitSignal, Settings, Update};
+use super::{CommitSignal, Settings, Snapshot, Update};
 
 /// How long after a table could not be read it is tried again: what it holds is unknown until
 /// then, and the next commit may be hours away.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// What the rules of the network namespace this is called in say at this moment.
+///
+/// # Errors
+/// As [`run`].
+pub async fn read(settings: &Settings) -> anyhow::Result<Snapshot> {
+    // Room for what starting sends: what is present, and the status.
+    let (updates, mut sent) = mpsc::channel(2);
+    drop(Follower::start(settings, updates).await?);
+    let mut snapshot = Snapshot::default();
+    while let Some(update) = sent.recv().await {
+        match update {
+            Update::Present { backends, draining, .. } => {
+                (snapshot.backends, snapshot.draining) = (backends, draining);
+            }
+            Update::Status(status) => snapshot.status = status,
+            Update::Change(_) | Update::Blind(_) => {}
+        }
+    }
+    Ok(snapshot)
+}
 
 /// Follows the rules of the network namespace this is called in until the receiver of `updates`
 /// is gone (`Ok`) or the rules cannot be read any more. `signals` may be closed at any time.
