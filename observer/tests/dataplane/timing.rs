@@ -1,14 +1,14 @@
 //! How exact the time of a removal is, with the real tools: 200 removals in each form of rules.
 //!
-//! The truth is the system call that committed the rules, stamped by the kernel at its start and its
-//! end: the rules took effect in between. The error is counted from the call's start, so it is never
-//! less than the real one.
+//! The truth is the system call that committed the rules, stamped by the kernel at its start and
+//! its end: the rules took effect in between. The error is counted from the call's start, so it
+//! is never less than the real one.
 //!
-//! What is charged is the observer's error, not what else the machine does. A kernel that does not
-//! preempt lets both wait for a processor for some 4 ms when others use all of them, so the kernel's
-//! record of those waits (of the tool in its call, of the listening thread until it reported) is
-//! taken off, and nothing else is. The stated uncertainty has to cover them all the same. Also, these
-//! tests run alone among those of this program, and before other processes.
+//! What is charged is the observer's error, not what else the machine does. A kernel that does
+//! not preempt lets both wait for a processor for some 4 ms when others use all of them, so the
+//! kernel's record of those waits (of the tool in its call, of the listening thread until it
+//! reported) is taken off, and nothing else is. The stated uncertainty has to cover them all the
+//! same. Also, these tests run alone among those of this program, and before other processes.
 
 use std::path::PathBuf;
 use std::time::Duration;
