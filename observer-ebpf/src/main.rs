@@ -1,5 +1,5 @@
 //! The attach points. Each hook returns early for what it does not care about, then hands over to
-//! the stage that reads the kernel's structures (`socket`, `packet`, `task`) and to `report`,
+//! the stage that reads the kernel's structures (`socket`, `packet`, `task`, `bpf_call`) and to `report`,
 //! which counts and sends.
 //!
 //! Which of these programs are attached is the daemon's choice: it reads the running kernel's BTF
@@ -9,6 +9,7 @@
 #![no_std]
 #![no_main]
 
+mod bpf_call;
 mod layout;
 mod maps;
 mod memory;
@@ -91,6 +92,13 @@ pub fn oom_victim(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "sys_exit")]
 pub fn legacy_commit(ctx: BtfTracePointContext) -> i32 {
     task::system_call_returned(&ctx, ctx.arg(1))
+}
+
+/// `sys_exit(regs, ret)`: elements of a watched map were changed. As above, attached only while there
+/// is such a map.
+#[btf_tracepoint(function = "sys_exit")]
+pub fn map_commit(ctx: BtfTracePointContext) -> i32 {
+    bpf_call::returned(&ctx, ctx.arg(1))
 }
 
 #[panic_handler]

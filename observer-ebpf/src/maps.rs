@@ -45,6 +45,12 @@ pub static PROBED_PORTS: HashMap<ProbedPort, u8> = HashMap::with_max_entries(8_1
 #[map]
 pub static RANGE_TO_SOURCE: LpmTrie<Ip, u8> = LpmTrie::with_max_entries(8_192, 0);
 
+/// The maps of a dataplane whose changes matter, by map id, each with when a change of it was last
+/// told (`CLOCK_BOOTTIME`, ns). The daemon inserts and deletes; the program updates the time. Full:
+/// the daemon reports it. A dataplane has four such maps, and twice as many while it migrates them.
+#[map]
+pub static WATCHED_MAPS: HashMap<u32, u64> = HashMap::with_max_entries(64, 0);
+
 /// How many details a source of trouble may still send. The programs insert; the kernel evicts the
 /// least recently used when full, which gives that key a fresh budget and costs no count.
 #[map]

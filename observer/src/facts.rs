@@ -308,6 +308,12 @@ pub enum Happening {
         /// 4 or 6.
         family: u32,
     },
+    /// Elements of a watched map were changed, and perhaps more within
+    /// [`MAP_COMMIT_WINDOW`](crate::kernel::watched::MAP_COMMIT_WINDOW) after it.
+    MapCommit {
+        /// The map's id.
+        map: u32,
+    },
 }
 
 /// One detail from the kernel. Fields that the hook could not know are zero or unspecified.

@@ -46,12 +46,17 @@ fn run(args: RunArgs) -> anyhow::Result<()> {
         cgroup_root: args.cgroup_root,
         cluster: args.cluster_cidr,
         dataplane: args.dataplane.only(),
+        cilium_maps: args.cilium_maps,
     }))
 }
 
 fn print_backends(args: &BackendsArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let settings = Settings { dataplane: args.dataplane.only(), ..Settings::default() };
+    let settings = Settings {
+        dataplane: args.dataplane.only(),
+        cilium_maps: args.cilium_maps.clone(),
+        ..Settings::default()
+    };
     let (mut out, mut notes) = (io::stdout().lock(), io::stderr().lock());
     let printed = backends::run(settings, args.output, &mut out, &mut notes);
     runtime.context("cannot start the runtime")?.block_on(printed).map_err(permission)

@@ -29,6 +29,10 @@ const DUMP_PAUSE: Duration = Duration::from_millis(50);
 /// told from one before it.
 const SETTLE: Duration = Duration::from_millis(2);
 
+/// How often a table is read again because a commit fell into the reading. One that changes for
+/// longer than so many readings is unknown meanwhile, for the other tables have to be followed too.
+const ATTEMPTS: usize = 20;
+
 /// The rules, and who is told of their changes.
 pub(super) struct Follower {
     counters: Arc<Counters>,
@@ -186,10 +190,11 @@ impl Follower {
                         continue;
                     }
                     let (reading, read_at) =
-                        self.read_between_commits(table, &mut ahead, signals).await;
+                        self.read_between_commits(at, table, &mut ahead, signals).await;
                     let (first, last) = commits_seen(&mut ahead, at, table, read_at);
                     match reading {
                         Some(reading) => {
+                            let last = last.plus(table.window());
                             let uncertainty = reading.call + last.since(first);
                             self.replace(vec![(table, reading)], last, uncertainty).await;
                         }
@@ -217,28 +222,36 @@ impl Follower {
     }
 
     /// Reads a table such that no commit to it falls into the reading, for whether its outcome was
-    /// read could then not be told. Everything up to the returned moment was read. `ahead` takes
-    /// what is signalled meanwhile.
+    /// read could then not be told: not that of `committed`, nor a later one. Everything up to the
+    /// returned moment was read. `ahead` takes what is signalled meanwhile.
     async fn read_between_commits(
         &mut self,
+        committed: BootNs,
         table: SilentTable,
         ahead: &mut VecDeque<CommitSignal>,
         signals: &mut Receiver<CommitSignal>,
     ) -> (Option<Reading>, BootNs) {
-        loop {
-            let begun = clock::now();
+        let (mut settled, mut begun) = (committed.plus(table.window()), committed);
+        for _ in 0..ATTEMPTS {
+            sleep(settled.since(clock::now())).await;
+            begun = clock::now();
             let reading = self.silent.read(table).await;
             let ended = clock::now();
             sleep(SETTLE).await;
             ahead.extend(std::iter::from_fn(|| signals.try_recv().ok()));
-            let torn = ahead.iter().any(|signal| {
-                matches!(signal, CommitSignal::Commit { at, table: other }
-                    if *other == table && *at > begun && *at <= ended)
+            let meanwhile = ahead.iter().filter_map(|signal| match signal {
+                CommitSignal::Commit { at, table: other } if *other == table && *at <= ended => {
+                    Some(at.plus(table.window()))
+                }
+                _ => None,
             });
-            if !torn {
-                return (reading, begun);
+            match meanwhile.max().filter(|last| *last > begun) {
+                Some(last) => settled = last,
+                None => return (reading, begun),
             }
         }
+        self.counters.table_failures.increase();
+        (None, begun)
     }
 
     /// Whether a table could not be read: what it holds is not known until
@@ -297,7 +310,7 @@ impl Follower {
     }
 }
 
-/// Takes out of `ahead` the other commits of the same table up to `read_at`, whose outcome was
+/// Takes out of `ahead` the other commits of the same table before `read_at`, whose outcome was
 /// read already; gives the first and last moment of all of them.
 fn commits_seen(
     ahead: &mut VecDeque<CommitSignal>,
@@ -307,7 +320,9 @@ fn commits_seen(
 ) -> (BootNs, BootNs) {
     let (mut first, mut last) = (at, at);
     ahead.retain(|signal| match signal {
-        CommitSignal::Commit { at, table: other } if *other == table && *at <= read_at => {
+        CommitSignal::Commit { at, table: other }
+            if *other == table && at.plus(table.window()) <= read_at =>
+        {
             (first, last) = (first.min(*at), last.max(*at));
             false
         }

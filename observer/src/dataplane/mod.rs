@@ -2,16 +2,18 @@
 //!
 //! Reads `nf_tables` (kube-proxy's nftables mode, iptables-nft) by netlink and iptables-legacy by
 //! getsockopt, both into the same small rule types, walks those from where new connections enter,
-//! and reports the difference after each commit. Everything but [`run`] and the readers is
+//! and reports the difference after each commit; in place of rules, Cilium's maps. Everything but [`run`] and the readers is
 //! pure. Belongs to one network namespace, the node's. Refuses to guess: what could not be seen
 //! becomes a [`Blindness`], what could not be told is counted.
 //!
 //! - [`rules`]: tables, chains, rules and maps, reduced.
 //! - [`nft`], [`legacy`]: read them. `xt`: the parts both share. `names`: whose they are.
+//! - [`cilium`]: its maps, and what they send connections to.
 //! - [`reach`]: walks a table. [`backends`]: the whole set and its changes.
 //! - [`silent`]: tables that do not announce their changes. `status`: which dataplane serves.
 
 pub mod backends;
+pub mod cilium;
 pub mod counters;
 mod follower;
 pub mod legacy;
@@ -26,6 +28,7 @@ mod xt;
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::facts::{Backend, BackendChange, Blindness, BootNs};
@@ -47,6 +50,8 @@ pub struct Settings {
     pub receive_buffer_bytes: usize,
     /// The only dataplane to follow; `None` for whichever there are.
     pub dataplane: Option<Dataplane>,
+    /// Where Cilium's maps are pinned.
+    pub cilium_maps: PathBuf,
     /// Where to count.
     pub counters: Arc<Counters>,
 }
@@ -56,6 +61,7 @@ impl Default for Settings {
         Self {
             receive_buffer_bytes: RECEIVE_BUFFER_BYTES,
             dataplane: None,
+            cilium_maps: cilium::MAPS.into(),
             counters: Arc::default(),
         }
     }
@@ -66,7 +72,8 @@ impl Default for Settings {
 pub enum CommitSignal {
     /// A kernel hook saw a commit.
     Commit {
-        /// When the call that made it returned; it took effect during the call.
+        /// When the call that made it returned; it took effect during the call. Where not every
+        /// commit is told (Cilium's maps), others may follow within their window.
         at: BootNs,
         /// Which table.
         table: SilentTable,

@@ -10,6 +10,7 @@ pub mod counters;
 pub mod decode;
 pub mod layout;
 pub mod probes;
+pub mod watched;
 
 use std::fmt;
 use std::fs;
@@ -34,6 +35,7 @@ use self::cgroups::Cgroups;
 use self::counters::Counters;
 use self::layout::Resolved;
 use self::probes::{Probe, SIGNALS, Signal};
+use self::watched::WatchedMaps;
 use crate::clock;
 use crate::facts::KernelEvent;
 
@@ -82,6 +84,8 @@ pub struct Started {
     pub counters: Counters,
     /// Tells the programs which addresses matter.
     pub addresses: Addresses,
+    /// Tells the programs which maps matter.
+    pub watched: WatchedMaps,
 }
 
 /// Loads the programs and attaches every signal that this kernel supports.
@@ -102,6 +106,7 @@ pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
     };
     let counters = Counters::new(&mut take).map_err(StartError::Failed)?;
     let addresses = Addresses::new(&mut take).map_err(StartError::Failed)?;
+    let watched = WatchedMaps::new(&mut take).map_err(StartError::Failed)?;
     let ring = take("EVENTS").and_then(|map| Ok(RingBuf::try_from(map)?));
     let ring = ring.map_err(StartError::Failed)?;
     let states = SIGNALS
@@ -111,7 +116,7 @@ pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
     let probes = Probes { ebpf, kernel, resolved, types, states };
     probes.refuse_if_none_may_attach()?;
     let events = Events { ring, log, cgroups: Cgroups::new(cgroup_root), counts: Arc::default() };
-    Ok(Started { probes, events, counters, addresses })
+    Ok(Started { probes, events, counters, addresses, watched })
 }
 
 /// The inode number of the calling thread's network namespace.

@@ -80,6 +80,18 @@ const SYSTEM_CALL: &[&str] = &[
     "net.ns.inum",
 ];
 
+const BPF_CALL: &[&str] = &[
+    "pt_regs.orig_ax",
+    "pt_regs.di",
+    "pt_regs.si",
+    "task_struct.files",
+    "files_struct.fdt",
+    "fdtable.max_fds",
+    "fdtable.fd",
+    "file.private_data",
+    "bpf_map.id",
+];
+
 const fn tp_btf(
     tracepoint: &'static str,
     program: &'static str,
@@ -94,6 +106,13 @@ pub const LEGACY_COMMIT: Signal = Signal {
     name: "legacy_commit",
     essential: false,
     methods: &[tp_btf("sys_exit", "legacy_commit", 2, SYSTEM_CALL)],
+};
+
+/// The signal whose program is attached only while there are maps to watch.
+pub const MAP_COMMIT: Signal = Signal {
+    name: "map_commit",
+    essential: false,
+    methods: &[tp_btf("sys_exit", "map_commit", 2, BPF_CALL)],
 };
 
 /// Everything attached from the start.
