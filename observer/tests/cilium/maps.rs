@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use aya::Pod;
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{HashMap, Map, MapData, MapError};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use observer::clock;
@@ -66,7 +66,7 @@ impl<const KEY: usize, const BACKEND: usize> Balancer<KEY, BACKEND> {
         }
     }
 
-    /// Writes a backend, whose address ends with its id: 10.1.x.y or fd01::x:y.
+    /// Writes a backend, whose address ends with its id: 10.1.x.y or `fd01::x:y`.
     pub(crate) fn backend(&mut self, id: u32, state: u8) {
         let mut value = [0; BACKEND];
         let address = KEY - 8;
@@ -80,7 +80,11 @@ impl<const KEY: usize, const BACKEND: usize> Balancer<KEY, BACKEND> {
     }
 
     pub(crate) fn remove_backend(&mut self, id: u32) {
-        self.backends.remove(&id.to_ne_bytes()).expect("remove a backend");
+        self.try_remove_backend(id).expect("remove a backend");
+    }
+
+    pub(crate) fn try_remove_backend(&mut self, id: u32) -> Result<(), MapError> {
+        self.backends.remove(&id.to_ne_bytes())
     }
 
     /// Writes a Service as `BPFOps.updateFrontend` does: every slot, active backends first, then how
@@ -111,7 +115,7 @@ impl<const KEY: usize, const BACKEND: usize> Balancer<KEY, BACKEND> {
     }
 
     /// Marks a Service's connections as a proxy's.
-    pub(crate) fn to_proxy(&mut self, service: u16) {
+    pub(crate) fn give_to_proxy(&mut self, service: u16) {
         let key = slot(service, 0);
         let mut head = self.services.get(&key, 0).expect("the head");
         head[9] |= 1 << 2;
@@ -119,7 +123,7 @@ impl<const KEY: usize, const BACKEND: usize> Balancer<KEY, BACKEND> {
     }
 }
 
-/// Service `n` is TCP port 443 of 10.96.x.y or fd60::x:y.
+/// Service `n` is TCP port 443 of 10.96.x.y or `fd60::x:y`.
 fn slot<const KEY: usize>(service: u16, number: usize) -> [u8; KEY] {
     let mut key = [0; KEY];
     let address = KEY - 8;

@@ -59,7 +59,7 @@ fn what_a_proxy_takes_and_what_no_backend_has_is_unresolved() {
         let mut four = V4::create(&maps, "lb4", "v3");
         four.backend(1, ACTIVE);
         four.service(1, &[1], &[], 0);
-        four.to_proxy(1);
+        four.give_to_proxy(1);
         four.service(2, &[7], &[], 0);
         let reached = Reader::new(maps, true).read().expect("readable");
         assert_eq!((reached.backends.len(), reached.draining.len()), (0, 0), "{reached:?}");

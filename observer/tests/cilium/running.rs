@@ -33,7 +33,7 @@ impl Running {
             counters: counters.clone(),
             ..Settings::default()
         };
-        let (commits, signals) = mpsc::channel(1024);
+        let (commits, signals) = mpsc::channel(4096);
         let (sender, updates) = mpsc::channel(1024);
         tokio::spawn(async move {
             run(settings, signals, sender).await.expect("follow the maps");
