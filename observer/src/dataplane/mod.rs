@@ -149,7 +149,7 @@ impl fmt::Display for Status {
         let Some(serving) = self.serving else {
             return f.write_str(
                 "no dataplane is found: neither rules of kube-proxy (nftables, iptables, IPVS) nor \
-                 maps of Cilium in this network namespace; is hostNetwork set?",
+                 maps of Cilium; is hostNetwork set, and the node's /sys/fs/bpf mounted?",
             );
         };
         write!(f, "{serving} serves Services ({} backends)", self.backends)?;

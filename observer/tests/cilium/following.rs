@@ -56,7 +56,7 @@ fn an_unknown_layout_is_counted_and_read_again_until_it_is_known() {
             drop(pinned::<[u8; 12], [u8; 16]>(&maps, "cilium_lb4_services_v2"));
             let (mut running, present, _) = Running::start(maps.clone()).await;
             assert!(present.is_empty());
-            assert_eq!(running.counters.table_failures.get(), 1);
+            assert!(running.counters.table_failures.get() >= 1);
             fs::remove_file(maps.join("cilium_lb4_services_v2")).expect("unpin");
             let mut four = V4::create(&maps, "lb4", "v3");
             four.backend(1, ACTIVE);
