@@ -10,6 +10,7 @@
 #![no_main]
 
 mod bpf_call;
+mod commit;
 mod layout;
 mod maps;
 mod memory;
@@ -18,7 +19,10 @@ mod report;
 mod socket;
 mod task;
 
-use aya_ebpf::{macros::btf_tracepoint, programs::BtfTracePointContext};
+use aya_ebpf::{
+    macros::{btf_tracepoint, kprobe},
+    programs::{BtfTracePointContext, ProbeContext},
+};
 use observer_common::signal;
 
 /// `inet_sock_set_state(sk, oldstate, newstate)`: failed connects, passive opens, listeners.
@@ -99,6 +103,12 @@ pub fn legacy_commit(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "sys_exit")]
 pub fn map_commit(ctx: BtfTracePointContext) -> i32 {
     bpf_call::returned(&ctx, ctx.arg(1))
+}
+
+/// `nf_tables_commit(net, skb)`: new rules take effect from here on.
+#[kprobe]
+pub fn nft_commit(ctx: ProbeContext) -> u32 {
+    commit::begun(&ctx)
 }
 
 #[panic_handler]

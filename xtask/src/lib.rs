@@ -1,4 +1,6 @@
 //! Everything a person runs in this repository, as a library for the binary and its tests.
 
 pub mod demo;
+pub mod guest;
 pub mod lab;
+pub mod step;

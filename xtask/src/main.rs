@@ -5,14 +5,15 @@
 
 mod build;
 mod ci;
+mod guest_tests;
 mod lint;
 mod setup;
-mod step;
 mod test;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use xtask::step;
 
 /// Builds, checks and shows the observer. Each command first installs what it lacks.
 #[derive(Parser)]
@@ -37,6 +38,8 @@ enum Command {
     Lint,
     /// Run all tests, those that need root and the kernel too.
     Test(test::Args),
+    /// Run the tests that need another kernel, in an emulated guest.
+    Guest(guest_tests::Args),
     /// Watch pods being replaced, without a preStop sleep and with the recommended one.
     Demo(xtask::demo::Args),
     /// lint, test and demo, each timed: what must pass before a merge.
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Build(args) => build::run(&args),
         Command::Lint => lint::run(),
         Command::Test(args) => test::run(&args),
+        Command::Guest(args) => guest_tests::run(&args),
         Command::Demo(args) => demo(&args),
         Command::Ci => ci::run(),
         Command::LabPod(args) => xtask::lab::pod::run(&args),

@@ -24,6 +24,8 @@ pub(crate) enum Task {
     Lint,
     /// Run pods in network namespaces: the demo.
     Network,
+    /// Run the tests of another kernel in a guest.
+    Guest,
     /// Run all tests.
     Test,
     /// Any of the above.

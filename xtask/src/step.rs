@@ -18,13 +18,14 @@ const SHOWN_LINES: usize = 40;
 
 /// One line to the person who runs this, apart from what a program writes to standard output.
 #[expect(clippy::print_stderr, reason = "progress and errors of a command-line tool")]
-pub(crate) fn say(line: &str) {
+pub fn say(line: &str) {
     eprintln!("{line}");
 }
 
 /// The one clock of the commands: how long steps take.
+#[must_use]
 #[expect(clippy::disallowed_methods, reason = "elapsed time is shown, nothing is decided by it")]
-pub(crate) fn now() -> Instant {
+pub fn now() -> Instant {
     Instant::now()
 }
 
@@ -32,7 +33,7 @@ pub(crate) fn now() -> Instant {
 ///
 /// # Errors
 /// The program does not start, or ends with anything but 0.
-pub(crate) fn shown(command: &mut Command) -> Result<()> {
+pub fn shown(command: &mut Command) -> Result<()> {
     let program = command.get_program().to_string_lossy().into_owned();
     let status = command
         .stdin(Stdio::null())
@@ -48,7 +49,7 @@ pub(crate) fn shown(command: &mut Command) -> Result<()> {
 ///
 /// # Errors
 /// The program does not start, or ends with anything but 0.
-pub(crate) fn titled(title: &str, command: &mut Command) -> Result<()> {
+pub fn titled(title: &str, command: &mut Command) -> Result<()> {
     let mut log = tempfile::tempfile().context("no temporary file for a program's output")?;
     let program = command.get_program().to_string_lossy().into_owned();
     let mut child = command

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: all tests, and the alert rules' own.
+//! `cargo xtask test`: all tests, the alert rules' own, and those of another kernel.
 
 use std::process::Command;
 
@@ -6,13 +6,13 @@ use anyhow::Result;
 
 use crate::{
     build::{self, cargo, root},
-    setup, step,
+    guest_tests, setup, step,
 };
 
 /// Which tests to run.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Only tests whose names contain one of these; default all, and the alert rules.
+    /// Only tests whose names contain one of these; default all, the alert rules and the guest.
     filters: Vec<String>,
 }
 
@@ -34,6 +34,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 .args(["test", "rules", "prometheus-rules.test.yaml"])
                 .current_dir(format!("{}/deploy", root())),
         )?;
+        step::say("test: another kernel, in a guest");
+        guest_tests::run_default()?;
     }
     Ok(())
 }

@@ -13,7 +13,9 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use crate::clock;
-use crate::dataplane::{CommitSignal, Family, SilentTable, cilium, legacy_tables_in_use};
+use crate::dataplane::{
+    CommitSignal, Dataplane, Family, SilentTable, cilium, legacy_tables_in_use,
+};
 use crate::facts::{BootNs, Happening};
 use crate::kernel::Probes;
 use crate::kernel::probes::{LEGACY_COMMIT, MAP_COMMIT, Signal};
@@ -80,7 +82,7 @@ pub(super) struct CommitHooks {
 }
 
 impl CommitHooks {
-    /// Attaches those that are needed at once: the dataplane's reader starts later and reads every
+    /// Attaches those that are needed at once, of the `only` dataplane followed or of all: the dataplane's reader starts later and reads every
     /// table then, so nothing before that counts as missed.
     ///
     /// # Errors
@@ -88,6 +90,7 @@ impl CommitHooks {
     pub(super) fn start(
         signals: mpsc::Sender<CommitSignal>,
         mut maps: Maps,
+        only: Option<Dataplane>,
         probes: &mut Probes,
         metrics: &Metrics,
     ) -> anyhow::Result<Self> {
@@ -104,11 +107,14 @@ impl CommitHooks {
             hook(&LEGACY_COMMIT, LEGACY, legacy_in_use),
             hook(&MAP_COMMIT, CILIUM, |maps| !maps.ids.is_empty()),
         ];
+        let is_followed = |table: &SilentTable| only.is_none_or(|only| table.dataplane() == only);
+        hooks.retain(|hook| hook.tables.iter().any(is_followed));
+        let maps_at = clock::now();
         maps.follow();
         for hook in &mut hooks {
             hook.want((hook.in_use)(&maps), probes, metrics)?;
         }
-        Ok(Self { signals, hooks, maps, maps_at: clock::now(), missed_from: None })
+        Ok(Self { signals, hooks, maps, maps_at, missed_from: None })
     }
 
     /// A kernel event: a commit is passed on. Where that cannot be at once it becomes a missed

@@ -19,7 +19,7 @@ use super::nft::{Arrival, Dumper, Fault, Message, Subscription, read_datagram};
 use super::reach::Reached;
 use super::silent::{Reading, SilentTable, SilentTables};
 use super::status::Detector;
-use super::{CommitSignal, Counters, Settings, Update};
+use super::{CommitSignal, CommitStamps, Counters, Settings, StampsOf, Update};
 use crate::clock;
 use crate::facts::{Backend, BackendChange, BackendStep, Blindness, BootNs};
 
@@ -39,6 +39,7 @@ pub(super) struct Follower {
     subscription: Subscription,
     nft: Follow,
     silent: SilentTables,
+    commit_stamps: Option<StampsOf>,
     backends: Backends,
     detector: Detector,
     updates: Sender<Update>,
@@ -56,6 +57,7 @@ impl Follower {
             subscription,
             nft: Follow::default(),
             silent: SilentTables::open(settings)?,
+            commit_stamps: settings.commit_stamps.clone(),
             backends: Backends::default(),
             detector: Detector::new(settings.dataplane),
             updates,
@@ -110,7 +112,9 @@ impl Follower {
                         changes.map(|(table, now)| (Origin::Nft(table), now)).collect::<Vec<_>>();
                     self.detector.note_changes(&changes);
                     let steps = self.backends.update(changes);
-                    self.report(steps, commit.at, commit.uncertainty).await;
+                    let stamps = commit.heard.task.and_then(|task| self.stamps_of(task));
+                    let uncertainty = commit.heard.uncertainty(stamps);
+                    self.report(steps, commit.heard.at, uncertainty).await;
                     self.report_status().await;
                 }
                 Step::Lost => {
@@ -138,6 +142,11 @@ impl Follower {
         self.report(steps, until, until.since(from)).await;
         self.report_status().await;
         Ok(())
+    }
+
+    /// When the kernel began the latest commits of a thread, where a hook tells.
+    fn stamps_of(&self, task: u32) -> Option<CommitStamps> {
+        self.commit_stamps.as_ref()?.0(task)
     }
 
     async fn dump(&self) -> anyhow::Result<Follow> {

@@ -17,7 +17,7 @@ pub mod cilium;
 pub mod counters;
 mod follower;
 pub mod legacy;
-mod names;
+pub(crate) mod names;
 pub mod nft;
 pub mod reach;
 pub mod rules;
@@ -35,6 +35,7 @@ use crate::facts::{Backend, BackendChange, Blindness, BootNs};
 
 pub use counters::{Counter, Counters};
 pub use legacy::legacy_tables_in_use;
+pub use nft::follow::CommitStamps;
 pub use rules::Family;
 pub use run::{read, run};
 pub use silent::SilentTable;
@@ -52,8 +53,21 @@ pub struct Settings {
     pub dataplane: Option<Dataplane>,
     /// Where Cilium's maps are pinned.
     pub cilium_maps: PathBuf,
+    /// Tells when commits to `nf_tables` began, on kernels where a hook does.
+    pub commit_stamps: Option<StampsOf>,
     /// Where to count.
     pub counters: Arc<Counters>,
+}
+
+/// Tells when the kernel began the latest commits to `nf_tables` on behalf of a thread, which is
+/// given by its id in the root pid namespace; `None` for one that is not known to have made any.
+#[derive(Clone)]
+pub struct StampsOf(pub Arc<dyn Fn(u32) -> Option<CommitStamps> + Send + Sync>);
+
+impl fmt::Debug for StampsOf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("StampsOf")
+    }
 }
 
 impl Default for Settings {
@@ -62,6 +76,7 @@ impl Default for Settings {
             receive_buffer_bytes: RECEIVE_BUFFER_BYTES,
             dataplane: None,
             cilium_maps: cilium::MAPS.into(),
+            commit_stamps: None,
             counters: Arc::default(),
         }
     }

@@ -6,6 +6,7 @@
 pub mod addresses;
 pub mod btf;
 pub mod cgroups;
+pub mod commits;
 pub mod counters;
 pub mod decode;
 pub mod layout;
@@ -32,6 +33,7 @@ use tokio::sync::mpsc;
 use self::addresses::Addresses;
 use self::btf::Btf;
 use self::cgroups::Cgroups;
+use self::commits::Commits;
 use self::counters::Counters;
 use self::layout::Resolved;
 use self::probes::{Probe, SIGNALS, Signal};
@@ -86,6 +88,8 @@ pub struct Started {
     pub addresses: Addresses,
     /// Tells the programs which maps matter.
     pub watched: WatchedMaps,
+    /// Tells when commits began.
+    pub commits: Commits,
 }
 
 /// Loads the programs and attaches every signal that this kernel supports.
@@ -107,6 +111,7 @@ pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
     let counters = Counters::new(&mut take).map_err(StartError::Failed)?;
     let addresses = Addresses::new(&mut take).map_err(StartError::Failed)?;
     let watched = WatchedMaps::new(&mut take).map_err(StartError::Failed)?;
+    let commits = Commits::new(&mut take).map_err(StartError::Failed)?;
     let ring = take("EVENTS").and_then(|map| Ok(RingBuf::try_from(map)?));
     let ring = ring.map_err(StartError::Failed)?;
     let states = SIGNALS
@@ -116,7 +121,7 @@ pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
     let probes = Probes { ebpf, kernel, resolved, types, states };
     probes.refuse_if_none_may_attach()?;
     let events = Events { ring, log, cgroups: Cgroups::new(cgroup_root), counts: Arc::default() };
-    Ok(Started { probes, events, counters, addresses, watched })
+    Ok(Started { probes, events, counters, addresses, commits, watched })
 }
 
 /// The inode number of the calling thread's network namespace.

@@ -4,10 +4,12 @@
 //! attaches is used, and which one is exported. What a kernel supports is read from its BTF, never
 //! from its version: argument lists and fields are back-ported.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context as _, anyhow};
 use aya::{
     Ebpf,
-    programs::{BtfTracePoint, ProgramError},
+    programs::{BtfTracePoint, KProbe, Program, ProgramError},
 };
 use observer_common::Layout;
 
@@ -29,7 +31,7 @@ pub struct Signal {
 struct Method {
     attach: Attach,
     program: &'static str,
-    /// The hook must pass at least this many arguments.
+    /// The tracepoint must pass at least this many arguments.
     arguments: u32,
     /// This argument must be a pointer.
     pointer: Option<u32>,
@@ -41,13 +43,38 @@ struct Method {
 enum Attach {
     /// A BTF-typed raw tracepoint (Linux 5.5).
     TpBtf(&'static str),
+    /// All of these kernel functions: their entry or their return, as the program's section says.
+    /// A module's function is there only while the module is, and its probe ends with it.
+    KProbe(&'static [Function]),
+}
+
+/// A kernel function to attach to.
+#[derive(Clone, Copy, Debug)]
+struct Function {
+    /// What different kernels call it: the first name that can be attached to is used.
+    names: &'static [&'static str],
+    /// One more program, for its entry, where the method's own is for its return.
+    entry: Option<&'static str>,
 }
 
 impl Attach {
     fn label(self) -> &'static str {
         match self {
             Self::TpBtf(_) => "tp_btf",
+            Self::KProbe(_) => "kprobe",
         }
+    }
+}
+
+impl Method {
+    /// Every program it attaches, once.
+    fn programs(&self) -> BTreeSet<&'static str> {
+        let functions = match self.attach {
+            Attach::TpBtf(_) => &[],
+            Attach::KProbe(functions) => functions,
+        };
+        let entries = functions.iter().filter_map(|function| function.entry);
+        entries.chain([self.program]).collect()
     }
 }
 
@@ -113,6 +140,20 @@ pub const MAP_COMMIT: Signal = Signal {
     name: "map_commit",
     essential: false,
     methods: &[tp_btf("sys_exit", "map_commit", 2, BPF_CALL)],
+};
+
+/// The signal whose program stamps the beginning of commits to `nf_tables`. Its function may be a
+/// module's, which reading the rules loads: to be attached after that.
+pub const NFT_COMMIT: Signal = Signal {
+    name: "nft_commit",
+    essential: false,
+    methods: &[Method {
+        attach: Attach::KProbe(&[Function { names: &["nf_tables_commit"], entry: None }]),
+        program: "nft_commit",
+        arguments: 0,
+        pointer: None,
+        needs: &["net.ns.inum"],
+    }],
 };
 
 /// Everything attached from the start.
@@ -226,17 +267,40 @@ pub fn attach(
 /// # Errors
 /// When the kernel refuses to unload one.
 pub fn detach(signal: &Signal, ebpf: &mut Ebpf) -> anyhow::Result<()> {
-    for method in signal.methods {
-        let program = program(method, ebpf)?;
-        if program.fd().is_ok() {
-            program.unload().with_context(|| format!("cannot unload {}", method.program))?;
+    signal.methods.iter().try_for_each(|method| unload(method, ebpf))
+}
+
+fn unload(method: &Method, ebpf: &mut Ebpf) -> anyhow::Result<()> {
+    for name in method.programs() {
+        if program(name, ebpf)?.fd().is_err() {
+            continue;
         }
+        let unloaded = match method.attach {
+            Attach::TpBtf(_) => typed::<BtfTracePoint>(name, ebpf)?.unload(),
+            Attach::KProbe(_) => typed::<KProbe>(name, ebpf)?.unload(),
+        };
+        unloaded.with_context(|| format!("cannot unload {name}"))?;
     }
     Ok(())
 }
 
 fn supported(method: &Method, kernel: &Btf, resolved: &Resolved) -> anyhow::Result<()> {
-    let Attach::TpBtf(tracepoint) = method.attach;
+    if let Attach::TpBtf(tracepoint) = method.attach {
+        supported_tracepoint(method, tracepoint, kernel)?;
+    }
+    let absent: Vec<&str> = method
+        .needs
+        .iter()
+        .copied()
+        .filter(|need| resolved.missing.iter().any(|m| m == need))
+        .collect();
+    if !absent.is_empty() {
+        anyhow::bail!("this kernel has no {}", absent.join(", "));
+    }
+    Ok(())
+}
+
+fn supported_tracepoint(method: &Method, tracepoint: &str, kernel: &Btf) -> anyhow::Result<()> {
     let arguments = kernel
         .tracepoint_arguments(tracepoint)
         .ok_or_else(|| anyhow!("this kernel has no tracepoint {tracepoint}"))?;
@@ -251,24 +315,55 @@ fn supported(method: &Method, kernel: &Btf, resolved: &Resolved) -> anyhow::Resu
     {
         anyhow::bail!("argument {index} of tracepoint {tracepoint} is no pointer");
     }
-    let absent: Vec<&str> = method
-        .needs
-        .iter()
-        .copied()
-        .filter(|need| resolved.missing.iter().any(|m| m == need))
-        .collect();
-    if !absent.is_empty() {
-        anyhow::bail!("this kernel has no {}", absent.join(", "));
-    }
     Ok(())
 }
 
 fn attach_program(method: &Method, ebpf: &mut Ebpf, types: &aya::Btf) -> anyhow::Result<()> {
-    let program = program(method, ebpf)?;
-    let Attach::TpBtf(tracepoint) = method.attach;
-    program.load(tracepoint, types).map_err(|error| brief(method.program, error))?;
-    program.attach().with_context(|| format!("cannot attach to {tracepoint}"))?;
+    match method.attach {
+        Attach::TpBtf(tracepoint) => {
+            let program: &mut BtfTracePoint = typed(method.program, ebpf)?;
+            program.load(tracepoint, types).map_err(|error| brief(method.program, error))?;
+            program.attach().with_context(|| format!("cannot attach to {tracepoint}"))?;
+            Ok(())
+        }
+        Attach::KProbe(functions) => attach_functions(method, functions, ebpf).or_else(|error| {
+            // Some of the functions would tell half of the story.
+            unload(method, ebpf)?;
+            Err(error)
+        }),
+    }
+}
+
+fn attach_functions(
+    method: &Method,
+    functions: &[Function],
+    ebpf: &mut Ebpf,
+) -> anyhow::Result<()> {
+    for name in method.programs() {
+        let program: &mut KProbe = typed(name, ebpf)?;
+        program.load().map_err(|error| brief(name, error))?;
+    }
+    for function in functions {
+        // The return last: it is what reports, and relies on the entry.
+        for name in function.entry.into_iter().chain([method.program]) {
+            attach_function(function, typed(name, ebpf)?)?;
+        }
+    }
     Ok(())
+}
+
+fn attach_function(function: &Function, program: &mut KProbe) -> anyhow::Result<()> {
+    let mut problems = Vec::new();
+    for name in function.names {
+        match program.attach(name, 0) {
+            Ok(_) => return Ok(()),
+            Err(error) => {
+                let error = anyhow::Error::new(error);
+                problems.push(format!("cannot attach to {name}: {error:#}"));
+            }
+        }
+    }
+    Err(anyhow!(problems.join("; ")))
 }
 
 /// The verifier explains itself in thousands of lines: all of them go to the debug log, the last
@@ -282,11 +377,15 @@ fn brief(program: &str, error: ProgramError) -> anyhow::Error {
     anyhow!("cannot load {program}: {io_error} ({})", last.join("; "))
 }
 
-fn program<'a>(method: &Method, ebpf: &'a mut Ebpf) -> anyhow::Result<&'a mut BtfTracePoint> {
-    let program = ebpf
-        .program_mut(method.program)
-        .ok_or_else(|| anyhow!("the object has no program {}", method.program))?;
-    program.try_into().with_context(|| format!("{} is of another type", method.program))
+fn program<'a>(name: &str, ebpf: &'a mut Ebpf) -> anyhow::Result<&'a mut Program> {
+    ebpf.program_mut(name).ok_or_else(|| anyhow!("the object has no program {name}"))
+}
+
+fn typed<'a, T>(name: &str, ebpf: &'a mut Ebpf) -> anyhow::Result<&'a mut T>
+where
+    &'a mut T: TryFrom<&'a mut Program, Error = ProgramError>,
+{
+    program(name, ebpf)?.try_into().with_context(|| format!("{name} is of another type"))
 }
 
 /// What the programs are told: the layout, without the fallback where the first choice works.

@@ -52,8 +52,9 @@ pub(super) enum Source {
     OneProgram { package: &'static str, program: &'static str },
 }
 
-const BUILDING: &[Task] = &[Task::Build, Task::Lint, Task::Network, Task::Test];
-const RUNNING: &[Task] = &[Task::Network, Task::Test];
+const BUILDING: &[Task] = &[Task::Build, Task::Lint, Task::Network, Task::Guest, Task::Test];
+const RUNNING: &[Task] = &[Task::Network, Task::Guest, Task::Test];
+const EMULATING: &[Task] = &[Task::Guest, Task::Test];
 
 /// In the order in which they are installed: bpf-linker needs LLVM.
 pub(super) static TOOLS: &[Tool] = &[
@@ -117,6 +118,34 @@ pub(super) static TOOLS: &[Tool] = &[
         source: Source::Packages(&["util-linux"]),
         elsewhere: "setpriv of util-linux 2.33 or newer",
         tasks: RUNNING,
+    },
+    Tool {
+        name: "ipvsadm",
+        proof: Proof::Programs(&["ipvsadm"]),
+        source: Source::Packages(&["ipvsadm"]),
+        elsewhere: "ipvsadm 1.31 or newer",
+        tasks: EMULATING,
+    },
+    Tool {
+        name: "qemu",
+        proof: Proof::Programs(&["qemu-system-x86_64"]),
+        source: Source::Packages(&["qemu-system-x86"]),
+        elsewhere: "qemu-system-x86_64 7.2 or newer",
+        tasks: EMULATING,
+    },
+    Tool {
+        name: "busybox",
+        proof: Proof::Programs(&["busybox"]),
+        source: Source::Packages(&["busybox-static"]),
+        elsewhere: "busybox",
+        tasks: EMULATING,
+    },
+    Tool {
+        name: "cpio, xz and depmod",
+        proof: Proof::Programs(&["cpio", "xz", "depmod"]),
+        source: Source::Packages(&["cpio", "xz-utils", "kmod"]),
+        elsewhere: "GNU cpio, xz, and depmod of kmod",
+        tasks: EMULATING,
     },
     Tool {
         name: "promtool",
