@@ -121,7 +121,7 @@ pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
     let probes = Probes { ebpf, kernel, resolved, types, states };
     probes.refuse_if_none_may_attach()?;
     let events = Events { ring, log, cgroups: Cgroups::new(cgroup_root), counts: Arc::default() };
-    Ok(Started { probes, events, counters, addresses, commits, watched })
+    Ok(Started { probes, events, counters, addresses, watched, commits })
 }
 
 /// The inode number of the calling thread's network namespace.
