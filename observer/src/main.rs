@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use observer::cli::{BackendsArgs, Cli, Command, ReportArgs, RunArgs};
+use observer::cli::{BackendsArgs, Cli, Command, LogFormat, ReportArgs, RunArgs};
 use observer::dataplane::Settings;
 use observer::kernel::{self, StartError};
 use observer::{agent, backends, logging, report};
@@ -51,6 +51,8 @@ fn run(args: RunArgs) -> anyhow::Result<()> {
 }
 
 fn print_backends(args: &BackendsArgs) -> anyhow::Result<()> {
+    // What could not be read, and why.
+    logging::install(LogFormat::Text, "warn")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let settings = Settings {
         dataplane: args.dataplane.only(),
