@@ -98,8 +98,8 @@ pub fn legacy_commit(ctx: BtfTracePointContext) -> i32 {
     task::system_call_returned(&ctx, ctx.arg(1))
 }
 
-/// `sys_exit(regs, ret)`: elements of a watched map were changed. As above, attached only while there
-/// is such a map.
+/// `sys_exit(regs, ret)`: elements of a watched map were changed. As above, attached only while
+/// there is such a map.
 #[btf_tracepoint(function = "sys_exit")]
 pub fn map_commit(ctx: BtfTracePointContext) -> i32 {
     bpf_call::returned(&ctx, ctx.arg(1))

@@ -117,8 +117,8 @@ pub fn legacy_table(bytes: &[u8]) {
     }
 }
 
-/// Cilium's maps: the IP version (4 or 6), that of the backends (2 or 3), how many slots, the slots,
-/// the backends; each a key and its value.
+/// Cilium's maps: the IP version (4 or 6), that of the backends (2 or 3), how many slots, the
+/// slots, the backends; each a key and its value.
 pub fn cilium_maps(bytes: &[u8]) {
     let Some(([ip, version, slots], elements)) = bytes.split_first_chunk() else { return };
     let family = if *ip == 6 { Family::V6 } else { Family::V4 };

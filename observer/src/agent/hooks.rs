@@ -82,8 +82,9 @@ pub(super) struct CommitHooks {
 }
 
 impl CommitHooks {
-    /// Attaches those that are needed at once, of the `only` dataplane followed or of all: the dataplane's reader starts later and reads every
-    /// table then, so nothing before that counts as missed.
+    /// Attaches those that are needed at once, of the `only` dataplane followed or of all: the
+    /// dataplane's reader starts later and reads every table then, so nothing before that counts as
+    /// missed.
     ///
     /// # Errors
     /// When a hook cannot be detached.

@@ -1,8 +1,8 @@
 //! Tables that do not announce their changes: read whole whenever a kernel hook tells of a commit,
 //! and compared with what they held before.
 //!
-//! Shell of the readers in [`legacy`](super::legacy) and [`cilium`](super::cilium). Each table is read on a thread
-//! of its own; one that cannot be read is unknown, and said to be, until it can.
+//! Shell of the readers in [`legacy`](super::legacy) and [`cilium`](super::cilium). Each table is
+//! read on a thread of its own; one that cannot be read is unknown, and said to be, until it can.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;

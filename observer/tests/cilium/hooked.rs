@@ -1,4 +1,4 @@
-//! With the kernel's hook: each removal is told once, within the span it is said to have happened in.
+//! With the kernel's hook: each removal is told once, in the span it is said to have happened in.
 
 use std::path::Path;
 use std::time::Duration;

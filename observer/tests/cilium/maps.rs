@@ -87,8 +87,8 @@ impl<const KEY: usize, const BACKEND: usize> Balancer<KEY, BACKEND> {
         self.backends.remove(&id.to_ne_bytes())
     }
 
-    /// Writes a Service as `BPFOps.updateFrontend` does: every slot, active backends first, then how
-    /// many are active, then removes slots left over from `before`. Gives the moments around the
+    /// Writes a Service as `BPFOps.updateFrontend` does: every slot, active backends first, then
+    /// how many are active, then removes slots left over from `before`. Gives the moments around the
     /// write that makes the new count hold.
     pub(crate) fn service(
         &mut self,

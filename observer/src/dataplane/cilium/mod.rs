@@ -5,7 +5,8 @@
 //! those of a known release. A reading while the agent writes may mix two states: the caller, who
 //! is told of writes, repeats it.
 //!
-//! - [`entries`]: the bytes. [`selection`]: what they send connections to. `pins`: the system calls.
+//! - [`entries`]: the bytes. [`selection`]: what they send connections to.
+//! - `pins`: the system calls.
 
 pub mod entries;
 mod pins;

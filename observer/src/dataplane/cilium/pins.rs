@@ -1,7 +1,7 @@
 //! The `bpf(2)` calls that open a pinned map for reading and copy it out.
 //!
-//! By hand, as aya opens pins for writing too, which a read-only mount and a reader do not need, and
-//! reads maps one element at a time.
+//! By hand, as aya opens pins for writing too, which a reader does not need, and reads maps one
+//! element at a time.
 #![expect(unsafe_code, reason = "aya has no read-only open and no batch lookup")]
 
 use std::ffi::{CStr, CString};

@@ -1,15 +1,16 @@
 //! Which backends Cilium sends new connections to.
 //!
 //! Pure. For a new connection Cilium looks up the frontend (slot 0), draws one of the slots from 1
-//! to its count, and looks up the backend that this slot names (`lb4_select_backend_id`; with Maglev
-//! the table is made of the same slots). So it is the slots that decide and not the state a backend
-//! carries: one that is terminating stands beyond the count, unless all of a Service's are (KEP-1669).
-//! Clients with session affinity are held to a backend by a table that loses it in the same update.
+//! to its count, and looks up the backend that this slot names (`lb4_select_backend_id`; with
+//! Maglev the table is made of the same slots). So it is the slots that decide and not the state a
+//! backend carries: one that is terminating stands beyond the count, unless all of a Service's are
+//! (KEP-1669). Clients with session affinity are held to a backend by a table that loses it in the
+//! same update.
 //!
 //! Service names are not in the maps. Connections that a proxy on the node takes (Ingress, Gateway)
 //! are not told: the proxy, not the slots, decides where those go.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use super::entries::{Endpoint, Frontend, Slot};
 use crate::dataplane::reach::Reached;
@@ -31,7 +32,7 @@ pub fn reached(slots: &[Slot], endpoints: &[Endpoint]) -> Reached {
     let heads: HashMap<Frontend, Head> = heads
         .map(|head| (head.frontend, Head { count: head.count, to_proxy: head.to_proxy }))
         .collect();
-    let endpoints: BTreeMap<u32, &Endpoint> =
+    let endpoints: HashMap<u32, &Endpoint> =
         endpoints.iter().map(|endpoint| (endpoint.id, endpoint)).collect();
 
     let mut expected: usize = heads.values().map(|head| sent_to(*head)).sum();
