@@ -8,7 +8,7 @@ use std::process::{Child, Command, Output};
 use std::thread::sleep;
 use std::time::Duration;
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MsFlags, mount, umount};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -21,7 +21,7 @@ const ATTACHED: &str = r#"observer_probe_attached{method="tp_btf",signal="map_co
 struct Daemon {
     child: Child,
     url: String,
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 impl Daemon {
@@ -54,7 +54,7 @@ impl Daemon {
             .arg(format!("--listen={port}"))
             .spawn()
             .expect("the binary starts");
-        Self { child, url: format!("http://{port}/metrics"), _directory: directory }
+        Self { child, url: format!("http://{port}/metrics"), directory }
     }
 
     /// Waits until the metrics have all these lines.
@@ -77,6 +77,8 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         // It may have ended already.
         let _stopped = self.child.kill().and_then(|()| self.child.wait());
+        // The directory stays behind when this fails, and shows it.
+        let _unmounted = umount(&self.directory.path().join("cgroups"));
     }
 }
 
