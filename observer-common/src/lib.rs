@@ -43,8 +43,12 @@ pub mod signal {
     pub const OOM_KILLED: u32 = 13;
     /// The legacy iptables table `nat` was replaced. `code` is the protocol family, 4 or 6.
     pub const LEGACY_COMMIT: u32 = 14;
+    /// A call that changes the table of IPVS returned. `code` is how long it took, in ns, at most
+    /// [`u32::MAX`], or 0 when that is not known; the local end is the only destination that it can
+    /// have changed, zero when it may be any.
+    pub const IPVS_COMMIT: u32 = 15;
     /// How many signals there are.
-    pub const COUNT: u32 = 15;
+    pub const COUNT: u32 = 16;
 }
 
 /// Which end started the connection that an [`ArrivalKey`] counts, seen from the pod's node.

@@ -9,6 +9,7 @@
 #![no_std]
 #![no_main]
 
+mod ipvs;
 mod layout;
 mod maps;
 mod memory;
@@ -17,7 +18,10 @@ mod report;
 mod socket;
 mod task;
 
-use aya_ebpf::{macros::btf_tracepoint, programs::BtfTracePointContext};
+use aya_ebpf::{
+    macros::{btf_tracepoint, kprobe, kretprobe},
+    programs::{BtfTracePointContext, ProbeContext, RetProbeContext},
+};
 use observer_common::signal;
 
 /// `inet_sock_set_state(sk, oldstate, newstate)`: failed connects, passive opens, listeners.
@@ -91,6 +95,24 @@ pub fn oom_victim(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "sys_exit")]
 pub fn legacy_commit(ctx: BtfTracePointContext) -> i32 {
     task::system_call_returned(&ctx, ctx.arg(1))
+}
+
+/// `ip_vs_{add,edit,del}_dest(svc, udest)`.
+#[kprobe]
+pub fn ipvs_destination_call(ctx: ProbeContext) -> u32 {
+    ipvs::destination_call(ctx.arg(1).unwrap_or(0))
+}
+
+/// `ip_vs_unlink_service(svc, ..)`, `ip_vs_flush(ipvs, ..)` and their like.
+#[kprobe]
+pub fn ipvs_service_call(_ctx: ProbeContext) -> u32 {
+    ipvs::service_call()
+}
+
+/// The return of any of them.
+#[kretprobe]
+pub fn ipvs_commit(ctx: RetProbeContext) -> u32 {
+    ipvs::returned(&ctx)
 }
 
 #[panic_handler]

@@ -12,8 +12,10 @@
 //! - [`silent`]: tables that do not announce their changes. `status`: which dataplane serves.
 
 pub mod backends;
+mod commits;
 pub mod counters;
 mod follower;
+pub mod ipvs;
 pub mod legacy;
 mod names;
 pub mod nft;
@@ -30,7 +32,9 @@ use std::sync::Arc;
 
 use crate::facts::{Backend, BackendChange, Blindness, BootNs};
 
+pub use commits::Commit;
 pub use counters::{Counter, Counters};
+pub use ipvs::ipvs_in_use;
 pub use legacy::legacy_tables_in_use;
 pub use rules::Family;
 pub use run::{read, run};
@@ -65,12 +69,7 @@ impl Default for Settings {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CommitSignal {
     /// A kernel hook saw a commit.
-    Commit {
-        /// When the call that made it returned; it took effect during the call.
-        at: BootNs,
-        /// Which table.
-        table: SilentTable,
-    },
+    Commit(Commit),
     /// Nothing tells of the commits of this table: look whether there was one.
     Look {
         /// When this was asked for; a reading since then will do.

@@ -10,7 +10,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use observer::clock;
 use observer::dataplane::{
-    CommitSignal, Counters, Dataplane, Family, Settings, SilentTable, Status, Update, run,
+    Commit, CommitSignal, Counters, Dataplane, Family, Settings, SilentTable, Status, Update, run,
 };
 use observer::facts::{Backend, BackendChange, BackendStep, Blindness, BootNs};
 use tokio::sync::mpsc::{self, Receiver, Sender};
@@ -261,7 +261,8 @@ fn legacy_commits_are_read_when_they_are_signalled() {
         assert_eq!(present, expected(&[26, 27, 28], API));
         legacy("1-terminating");
         let at = clock::now();
-        running.commits.send(CommitSignal::Commit { at, table: LEGACY }).await.expect("sent");
+        let commit = CommitSignal::Commit(Commit::new(at, LEGACY));
+        running.commits.send(commit).await.expect("sent");
         let changes = expected(&[27], &[]).len() + expected(&[29], &[]).len();
         let mut reported = Reported::default();
         while reported.added.len() + reported.removed.len() < changes {
@@ -295,7 +296,7 @@ fn two_legacy_commits_before_one_read_share_their_span() {
         let last = clock::now();
         let first = BootNs(last.0 - 5_000_000);
         for at in [first, last] {
-            let signal = CommitSignal::Commit { at, table: LEGACY };
+            let signal = CommitSignal::Commit(Commit::new(at, LEGACY));
             running.commits.send(signal).await.expect("sent");
         }
         let done =

@@ -1,0 +1,143 @@
+//! The commits whose outcome one reading of a table shows, and when each backend was changed by
+//! them.
+//!
+//! Pure. One reading may show the outcome of many commits: of one call each, where a dataplane is
+//! changed destination by destination. What a hook tells of them narrows down the moment.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::SilentTable;
+use crate::facts::{Backend, BootNs};
+
+/// A change of a table that does not announce its changes, as a kernel hook saw it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// When the call that made it returned; it took effect during the call.
+    pub at: BootNs,
+    /// Which table.
+    pub table: SilentTable,
+    /// How long the call took; `None` where the hook does not measure it.
+    pub call: Option<Duration>,
+    /// The only destination that it can have changed; `None` where it may be any.
+    pub destination: Option<SocketAddr>,
+}
+
+impl Commit {
+    /// From a hook that tells no more than the moment.
+    #[must_use]
+    pub fn new(at: BootNs, table: SilentTable) -> Self {
+        Self { at, table, call: None, destination: None }
+    }
+
+    /// Whether it may have taken effect within `(begun, ended]`.
+    pub(super) fn may_fall_into(&self, begun: BootNs, ended: BootNs) -> bool {
+        self.at > begun && self.at.minus(self.call.unwrap_or_default()) <= ended
+    }
+
+    fn may_change(&self, backend: &Backend) -> bool {
+        let own = SocketAddr::new(backend.address, backend.port);
+        self.destination.is_none_or(|destination| destination == own)
+    }
+}
+
+/// The commits that one reading shows: at least one.
+#[derive(Debug)]
+pub(super) struct Commits {
+    /// The one that made us read, and those that came before the reading.
+    all: Vec<Commit>,
+    /// How long a call may take that was not measured.
+    call: Duration,
+}
+
+impl Commits {
+    pub(super) fn new(all: Vec<Commit>, call: Duration) -> Self {
+        Self { all, call }
+    }
+
+    /// When `backend` changed: within the returned time before the returned moment. All commits
+    /// count when none of them can have done it, for then a hook told something wrong.
+    pub(super) fn when(&self, backend: &Backend) -> (BootNs, Duration) {
+        let own = self.all.iter().filter(|commit| commit.may_change(backend));
+        self.span(own).or_else(|| self.span(self.all.iter())).unwrap_or_default()
+    }
+
+    fn span<'a>(&self, commits: impl Iterator<Item = &'a Commit>) -> Option<(BootNs, Duration)> {
+        let spans =
+            commits.map(|commit| (commit.at.minus(commit.call.unwrap_or(self.call)), commit.at));
+        let (from, until) = spans.reduce(|one, other| (one.0.min(other.0), one.1.max(other.1)))?;
+        Some((until, until.since(from)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::Protocol;
+
+    const BOUND: Duration = Duration::from_nanos(50);
+
+    fn backend(address: &str) -> Backend {
+        let address: SocketAddr = address.parse().expect("an address");
+        let (address, port) = (address.ip(), address.port());
+        Backend { service: None, protocol: Protocol::Tcp, address, port }
+    }
+
+    fn call(at: u64, ns: u64, destination: &str) -> Commit {
+        Commit {
+            call: Some(Duration::from_nanos(ns)),
+            destination: destination.parse().ok(),
+            ..Commit::new(BootNs(at), SilentTable::Ipvs)
+        }
+    }
+
+    fn when(commits: &[Commit], address: &str) -> (u64, u128) {
+        let (at, uncertainty) = Commits::new(commits.to_vec(), BOUND).when(&backend(address));
+        (at.0, uncertainty.as_nanos())
+    }
+
+    #[test]
+    fn each_destination_has_the_moment_of_its_own_call() {
+        let commits = [call(1_000, 10, "10.0.0.1:80"), call(2_000, 20, "[fd00::2]:80")];
+        assert_eq!(when(&commits, "10.0.0.1:80"), (1_000, 10));
+        assert_eq!(when(&commits, "[fd00::2]:80"), (2_000, 20));
+    }
+
+    #[test]
+    fn calls_for_one_destination_of_several_services_share_their_span() {
+        let commits = [
+            call(2_000, 20, "10.0.0.1:80"),
+            call(1_000, 10, "10.0.0.1:80"),
+            call(5_000, 10, "10.0.0.1:81"),
+        ];
+        assert_eq!(when(&commits, "10.0.0.1:80"), (2_000, 1_010));
+    }
+
+    #[test]
+    fn a_call_that_names_no_destination_may_have_changed_any() {
+        let commits = [call(1_000, 10, "10.0.0.1:80"), call(3_000, 700, "none")];
+        assert_eq!(when(&commits, "10.0.0.1:80"), (3_000, 2_010));
+        assert_eq!(when(&commits, "10.0.0.2:80"), (3_000, 700));
+    }
+
+    #[test]
+    fn what_no_call_can_have_changed_happened_in_any_of_them() {
+        let commits = [call(1_000, 10, "10.0.0.1:80"), call(3_000, 700, "10.0.0.1:80")];
+        assert_eq!(when(&commits, "10.0.0.2:80"), (3_000, 2_010));
+    }
+
+    #[test]
+    fn a_call_that_was_not_measured_may_have_taken_as_long_as_such_calls_take() {
+        let commits = [Commit::new(BootNs(1_000), SilentTable::Ipvs)];
+        assert_eq!(when(&commits, "10.0.0.1:80"), (1_000, 50));
+    }
+
+    #[test]
+    fn a_call_that_was_under_way_when_a_reading_ended_may_fall_into_it() {
+        let into = |at, ns| call(at, ns, "none").may_fall_into(BootNs(1_000), BootNs(2_000));
+        assert!(!into(1_000, 10), "it was over");
+        assert!(into(1_001, 10));
+        assert!(into(2_100, 100));
+        assert!(!into(2_100, 99), "it began later");
+    }
+}
