@@ -49,8 +49,10 @@ pub fn happened(ctx: &impl EbpfContext, signal: u32) -> i32 {
 #[inline(always)]
 pub fn leader_exited(ctx: &impl EbpfContext) -> i32 {
     let task = argument(ctx, 0);
-    let pid: Option<u32> = read(task, offset!(task_pid));
-    if pid != read(task, offset!(task_tgid)) {
+    // Not compared as options: Linux 5.10 and 6.1 refuse to read the unset half of one.
+    let pid: u32 = read_or_zero(task, offset!(task_pid));
+    let tgid: u32 = read_or_zero(task, offset!(task_tgid));
+    if pid != tgid {
         return 0;
     }
     happened(ctx, signal::PROCESS_EXITED)

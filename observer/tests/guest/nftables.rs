@@ -32,6 +32,7 @@ impl Seen {
                     match change.step {
                         BackendStep::Added => self.backends.insert(backend),
                         BackendStep::Removed => self.backends.remove(&backend),
+                        BackendStep::Draining => panic!("nothing drains here: {backend}"),
                     };
                 }
                 Update::Status(status) => self.in_use = status.in_use,
@@ -87,7 +88,7 @@ async fn follow() {
     let following = tokio::spawn(dataplane::run(Settings::default(), signals, sender));
     let first = updates.recv().await;
     let Some(Update::Present { backends, .. }) = first else { panic!("first came {first:?}") };
-    assert_eq!(backends, []);
+    assert_eq!(backends, BTreeSet::new());
 
     let mut seen = Seen::default();
     run("nft -f -", &table(&["10.244.0.18", "10.244.0.19"]));
