@@ -24,5 +24,8 @@ pub mod agent;
 pub mod cli;
 pub mod logging;
 
+#[doc(hidden)]
+pub mod fuzzing;
+
 #[cfg(test)]
 mod sample;

@@ -17,6 +17,8 @@ pub(crate) fn run() -> Result<()> {
     setup::run(setup::Task::Lint)?;
     step::say("lint: format");
     step::shown(cargo("fmt").args(["--all", "--check"]))?;
+    // Its own workspace, as it takes a nightly; what it fuzzes is linted with the corpus test.
+    step::shown(cargo("fmt").args(["--check", "--manifest-path", "observer/fuzz/Cargo.toml"]))?;
     step::say("lint: clippy, host crates");
     step::shown(
         cargo("clippy")

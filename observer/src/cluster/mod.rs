@@ -16,7 +16,8 @@ use axum::http::Uri;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use tokio::sync::mpsc;
 
-use crate::facts::ClusterFact;
+use crate::clock::WallOffset;
+use crate::facts::{BootNs, ClusterFact};
 use crate::readiness::{Item, Readiness};
 
 use pod::Pod;
@@ -110,6 +111,16 @@ pub async fn run(server: &Server, node: &str, facts: mpsc::Sender<ClusterFact>, 
     let pods = Watch::<Pod>::new(server, on_node, facts.clone(), pods, unreadable.clone());
     let slices = Watch::<EndpointSlice>::new(server, None, facts, slices, unreadable);
     tokio::join!(pods.run(), slices.run());
+}
+
+/// What a page of a list, or an event of a watch, says of pods.
+pub(crate) fn replay_pods(body: &[u8], at: BootNs, offset: WallOffset) -> Vec<ClusterFact> {
+    watch::replay::<Pod>(body, at, offset)
+}
+
+/// What a page of a list, or an event of a watch, says of EndpointSlices.
+pub(crate) fn replay_slices(body: &[u8], at: BootNs, offset: WallOffset) -> Vec<ClusterFact> {
+    watch::replay::<EndpointSlice>(body, at, offset)
 }
 
 #[cfg(test)]

@@ -16,6 +16,11 @@ use crate::facts::{
 
 use super::watch::Watched;
 
+/// What the API server allows in one slice (`discovery.k8s.io/v1`). Every endpoint is kept with
+/// every port, so that without these a hostile slice would take memory with its square.
+const MAX_ENDPOINTS: usize = 1000;
+const MAX_PORTS: usize = 100;
+
 /// `discovery.k8s.io/v1` EndpointSlice.
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct EndpointSlice {
@@ -97,7 +102,8 @@ impl Watched for EndpointSlice {
     }
 }
 
-/// Every address with every port. A port without a number means all ports, which no dataplane
+/// Every endpoint with every port. Of several addresses only the first means anything, says the
+/// API, and kube-proxy looks at no other. A port without a number means all ports, which no dataplane
 /// turns into a backend.
 fn endpoints(slice: &EndpointSlice, service: &str) -> Vec<Endpoint> {
     let namespace = &slice.metadata.namespace;
@@ -105,16 +111,18 @@ fn endpoints(slice: &EndpointSlice, service: &str) -> Vec<Endpoint> {
         .ports
         .iter()
         .flatten()
+        .take(MAX_PORTS)
         .filter_map(|port| {
             let service_port = service_port(namespace, service, port.name.as_deref());
             Some((service_port, port.protocol.unwrap_or(Protocol::Tcp), port.port?))
         })
         .collect();
     let mut found = Vec::new();
-    for endpoint in slice.endpoints.iter().flatten() {
+    for endpoint in slice.endpoints.iter().flatten().take(MAX_ENDPOINTS) {
         let conditions = conditions(&endpoint.conditions);
         let pod = endpoint.target_ref.as_ref().and_then(|target| target_pod(target, namespace));
-        for address in endpoint.addresses.iter().filter_map(|text| text.parse::<IpAddr>().ok()) {
+        let address = endpoint.addresses.first().and_then(|text| text.parse::<IpAddr>().ok());
+        if let Some(address) = address {
             found.extend(ports.iter().map(|(service, protocol, port)| Endpoint {
                 service: service.clone(),
                 protocol: *protocol,

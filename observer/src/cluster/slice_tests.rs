@@ -80,6 +80,15 @@ fn every_port_of_an_endpoint_counts() {
 }
 
 #[test]
+fn a_slice_beyond_what_the_api_allows_takes_no_more_memory_than_one_within() {
+    let mut object = slice();
+    let addresses = vec!["10.0.0.1"; 200];
+    object["endpoints"] = json!(vec![json!({"addresses": addresses}); MAX_ENDPOINTS + 1]);
+    object["ports"] = json!(vec![json!({"port": 80}); MAX_PORTS + 1]);
+    assert_eq!(see(object).endpoints.len(), MAX_ENDPOINTS * MAX_PORTS);
+}
+
+#[test]
 fn omitted_conditions_take_the_defaults_of_the_api() {
     let mut object = slice();
     object["endpoints"] = json!([{"addresses": ["fd00::1"]}]);

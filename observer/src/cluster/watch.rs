@@ -326,6 +326,28 @@ impl<K: Watched> Watch<K> {
     }
 }
 
+/// What the readable objects say of a page of a list, or of an event of a watch, without a server;
+/// nothing when it is neither.
+pub(super) fn replay<K: Watched>(body: &[u8], at: BootNs, offset: WallOffset) -> Vec<ClusterFact> {
+    let mut received = Vec::new();
+    if let Ok(page) = serde_json::from_slice::<ObjectList<Received<K>>>(body) {
+        received = page.items;
+    } else if let Ok(
+        WatchEvent::Added(object) | WatchEvent::Modified(object) | WatchEvent::Deleted(object),
+    ) = serde_json::from_slice(body)
+    {
+        received.push(object);
+    }
+    let mut facts = Vec::new();
+    for object in received {
+        if let Received::Readable(object) = object {
+            facts.push(object.observed(at, offset));
+            facts.push(K::removed(object.key(), at));
+        }
+    }
+    facts
+}
+
 /// The API server's own words where it has any: they say what a person must change.
 fn explain(what: &str, error: kube::Error) -> anyhow::Error {
     match error {

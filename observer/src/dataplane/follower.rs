@@ -20,7 +20,7 @@ use super::nft::{Arrival, Dumper, Fault, Message, Subscription, read_datagram};
 use super::reach::Reached;
 use super::silent::{Reading, SilentTable, SilentTables};
 use super::status::Detector;
-use super::{CommitSignal, Counters, Settings, Update};
+use super::{CommitBegun, CommitSignal, Counters, Settings, Update};
 use crate::clock;
 use crate::facts::{Backend, BackendChange, BackendStep, Blindness, BootNs};
 
@@ -36,6 +36,7 @@ pub(super) struct Follower {
     subscription: Subscription,
     nft: Follow,
     silent: SilentTables,
+    commit_begun: Option<CommitBegun>,
     backends: Backends,
     detector: Detector,
     updates: Sender<Update>,
@@ -53,6 +54,7 @@ impl Follower {
             subscription,
             nft: Follow::default(),
             silent: SilentTables::open(settings)?,
+            commit_begun: settings.commit_begun.clone(),
             backends: Backends::default(),
             detector: Detector::new(settings.dataplane),
             updates,
@@ -107,7 +109,9 @@ impl Follower {
                         changes.map(|(table, now)| (Origin::Nft(table), now)).collect::<Vec<_>>();
                     self.detector.note_changes(&changes);
                     let steps = self.backends.update(changes);
-                    self.report(steps, commit.at, commit.uncertainty).await;
+                    let begun = commit.heard.task.and_then(|task| self.commit_begun(task));
+                    let uncertainty = commit.heard.uncertainty(begun);
+                    self.report(steps, commit.heard.at, uncertainty).await;
                     self.report_status().await;
                 }
                 Step::Lost => {
@@ -135,6 +139,11 @@ impl Follower {
         self.report(steps, until, until.since(from)).await;
         self.report_status().await;
         Ok(())
+    }
+
+    /// When the kernel began the latest commit of a thread, where a hook tells.
+    fn commit_begun(&self, task: u32) -> Option<BootNs> {
+        self.commit_begun.as_ref()?.0(task)
     }
 
     async fn dump(&self) -> anyhow::Result<Follow> {

@@ -17,7 +17,7 @@ pub mod counters;
 mod follower;
 pub mod ipvs;
 pub mod legacy;
-mod names;
+pub(crate) mod names;
 pub mod nft;
 pub mod reach;
 pub mod rules;
@@ -51,8 +51,21 @@ pub struct Settings {
     pub receive_buffer_bytes: usize,
     /// The only dataplane to follow; `None` for whichever there are.
     pub dataplane: Option<Dataplane>,
+    /// Tells when commits began, on kernels where a hook does.
+    pub commit_begun: Option<CommitBegun>,
     /// Where to count.
     pub counters: Arc<Counters>,
+}
+
+/// Tells when the kernel began the latest commit to `nf_tables` on behalf of a thread, which is
+/// given by its id in the root pid namespace; `None` for a thread that is not known to have made one.
+#[derive(Clone)]
+pub struct CommitBegun(pub Arc<dyn Fn(u32) -> Option<BootNs> + Send + Sync>);
+
+impl fmt::Debug for CommitBegun {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("CommitBegun")
+    }
 }
 
 impl Default for Settings {
@@ -60,6 +73,7 @@ impl Default for Settings {
         Self {
             receive_buffer_bytes: RECEIVE_BUFFER_BYTES,
             dataplane: None,
+            commit_begun: None,
             counters: Arc::default(),
         }
     }

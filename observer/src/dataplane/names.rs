@@ -15,7 +15,7 @@ const COMMENT_TAILS: [&str; 5] = ["", "cluster IP", "external IP", "loadbalancer
 /// The Service port and protocol in the name of a kube-proxy chain. `None` when it is no such
 /// chain, or its name was cut short (128 bytes, ending in `...`) before the port's end.
 #[must_use]
-pub(super) fn of_chain(chain: &str) -> Option<(ServicePort, Protocol)> {
+pub(crate) fn of_chain(chain: &str) -> Option<(ServicePort, Protocol)> {
     let hashed = CHAIN_KINDS.iter().find_map(|kind| chain.strip_prefix(kind))?;
     let (_hash, path) = hashed.split_once('-')?;
     let path = match path.split_once("__") {
@@ -41,7 +41,7 @@ pub(super) fn of_chain(chain: &str) -> Option<(ServicePort, Protocol)> {
 
 /// The Service port that a kube-proxy rule's comment starts with.
 #[must_use]
-pub(super) fn of_comment(comment: &str) -> Option<ServicePort> {
+pub(crate) fn of_comment(comment: &str) -> Option<ServicePort> {
     let (service, tail) = comment.split_once(' ').unwrap_or((comment, ""));
     let known = COMMENT_TAILS.iter().any(|known| match known.strip_suffix(' ') {
         Some(_) => tail.starts_with(known),

@@ -12,6 +12,9 @@ const MAGIC: u16 = 0xeb9f;
 const TYPE_BYTES: usize = 12;
 /// Modifiers and anonymous members that may nest; the kernel's own limit is 32.
 const MAX_DEPTH: u32 = 32;
+/// Members that one search may look at. The kernel's largest structures have some hundred; without
+/// a limit, anonymous members of the same type would double the work with each level of depth.
+const MAX_MEMBERS: u32 = 10_000;
 
 const KIND_INT: u32 = 1;
 const KIND_PTR: u32 = 2;
@@ -100,7 +103,8 @@ impl Btf {
         let mut current = self.find(KIND_STRUCT, structure)?;
         let mut bits = 0_u32;
         for name in path.split('.') {
-            let (offset, type_id) = self.member(current, name, 0)?;
+            let mut left = MAX_MEMBERS;
+            let (offset, type_id) = self.member(current, name, 0, &mut left)?;
             bits = bits.checked_add(offset)?;
             current = self.strip(type_id)?;
         }
@@ -145,19 +149,28 @@ impl Btf {
         (pointer.kind == KIND_PTR && prototype.kind == KIND_FUNC_PROTO).then_some(prototype)
     }
 
-    /// Bit offset and type of a member, searched through anonymous members.
-    fn member(&self, structure: Type, name: &str, depth: u32) -> Option<(u32, u32)> {
+    /// Bit offset and type of a member, searched through anonymous members; looks at no more than
+    /// `left`, which it counts down.
+    fn member(
+        &self,
+        structure: Type,
+        name: &str,
+        depth: u32,
+        left: &mut u32,
+    ) -> Option<(u32, u32)> {
         if depth > MAX_DEPTH || !matches!(structure.kind, KIND_STRUCT | KIND_UNION) {
             return None;
         }
         (0..structure.vlen as usize).find_map(|index| {
+            *left = left.checked_sub(1)?;
             let at = structure.at + TYPE_BYTES + index * 12;
             let type_id = read_u32(&self.bytes, at + 4)?;
             let raw = read_u32(&self.bytes, at + 8)?;
             let offset = if structure.kind_flag { raw & 0x00ff_ffff } else { raw };
             match self.string(read_u32(&self.bytes, at)?)? {
                 "" => {
-                    let (inner, found) = self.member(self.strip(type_id)?, name, depth + 1)?;
+                    let (inner, found) =
+                        self.member(self.strip(type_id)?, name, depth + 1, left)?;
                     Some((offset.checked_add(inner)?, found))
                 }
                 own if own == name => Some((offset, type_id)),
@@ -355,6 +368,15 @@ mod tests {
         btf.kind("btf_trace_loop", KIND_TYPEDEF, 0, 1);
         let btf = Btf::parse(btf.finish()).expect("valid");
         assert_eq!(btf.tracepoint_arguments("loop"), None);
+    }
+
+    #[test]
+    fn a_structure_of_itself_many_times_over_is_searched_to_an_end() {
+        let mut btf = Writer::default();
+        btf.kind("itself", KIND_STRUCT, 4, 8);
+        btf.words(&[0, 1, 0].repeat(4));
+        let btf = Btf::parse(btf.finish()).expect("valid");
+        assert_eq!(btf.field_offset("itself", "missing"), None);
     }
 
     proptest::proptest! {

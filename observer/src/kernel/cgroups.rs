@@ -79,7 +79,7 @@ impl Cgroups {
 }
 
 /// The pod UID in a directory's name, if the kubelet made it for a pod.
-fn pod_of_directory(name: &str) -> Option<PodUid> {
+pub(crate) fn pod_of_directory(name: &str) -> Option<PodUid> {
     let name = name.strip_suffix(".slice").unwrap_or(name);
     let uid = match name.rsplit_once("-pod") {
         Some((prefix, uid)) if prefix.starts_with("kubepods") => uid,

@@ -186,7 +186,7 @@ fn workload_line(
         head_start_seconds: over_samples(|sample| sample.home.head_start_seconds, f64::min),
         arrival_tail_seconds: over_samples(|sample| sample.home.arrival_tail_seconds, f64::max),
         shortfall_seconds: over_samples(shortfall_seconds, f64::max),
-        refused: homes.iter().map(|home| home.refused).sum(),
+        refused: homes.iter().map(|home| home.refused).fold(0, u64::saturating_add),
         recommendation: recommend(&evidence, margin_seconds),
     }
 }

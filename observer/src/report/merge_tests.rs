@@ -177,3 +177,12 @@ fn a_silent_agent_is_named_and_its_pods_workloads_are_unknown() {
     assert_eq!(report.nodes[0].error.as_deref(), Some("refused"));
     assert_eq!(report.nodes[1].node.as_deref(), Some("n2"));
 }
+
+#[test]
+fn refusals_beyond_what_can_be_counted_stay_at_the_limit() {
+    let mut hostile = at_home();
+    hostile.refused = u64::MAX;
+    let more = another_pod(at_home(), "another");
+    let line = only_line(&[node("n1", vec![hostile, more])]);
+    assert_eq!(line.refused, u64::MAX);
+}

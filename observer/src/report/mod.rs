@@ -89,7 +89,15 @@ fn ask(agent: &ureq::Agent, url: &str) -> anyhow::Result<Terminations> {
     )?;
     let body = response.body_mut().with_config().limit(ANSWER_BYTES).read_to_string();
     let body = body.context("the answer broke off")?;
-    let answer: Terminations = serde_json::from_str(&body)
+    read_answer(&body)
+}
+
+/// An agent's answer from its JSON.
+///
+/// # Errors
+/// When it is no agent's, or another version's.
+pub(crate) fn read_answer(body: &str) -> anyhow::Result<Terminations> {
+    let answer: Terminations = serde_json::from_str(body)
         .context("not an observer's answer: check that the URL is an agent's --listen address")?;
     if answer.api_version != API_VERSION {
         bail!("it speaks {}, this report {API_VERSION}: use the same version", answer.api_version);

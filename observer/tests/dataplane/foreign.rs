@@ -1,11 +1,14 @@
 //! Rules of others and bytes of nobody: passed over, never a backend, never a panic.
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 
 use observer::dataplane::Counters;
+use observer::dataplane::nft::follow::{Follow, Step};
 use observer::dataplane::nft::{Message, Subscription, read_datagram};
+use observer::facts::BootNs;
 
-use super::namespace::{captured, dump, in_namespace, next, nft, reached};
+use super::namespace::{captured, dump, expected, feed, in_namespace, next, nft, reached};
 
 const FOREIGN: &str = "
 table ip foreign {
@@ -66,7 +69,7 @@ fn truncated_and_altered_notifications_never_panic() {
         let counters = Counters::default();
         let mut datagrams = Vec::new();
         let mut messages = Vec::new();
-        while !matches!(messages.last(), Some(Message::Generation(_))) {
+        while messages.last().and_then(Message::generation).is_none() {
             let datagram = next(&mut subscription).datagram.expect("nothing is lost");
             messages.extend(read_datagram(&datagram, &counters));
             datagrams.push(datagram);
@@ -83,4 +86,78 @@ fn truncated_and_altered_notifications_never_panic() {
         }
         assert!(counters.malformed.get() > 0);
     });
+}
+
+/// Two tables with 5,000 rules each that have nothing to do with Services.
+fn many() -> String {
+    let mut text = String::new();
+    for family in ["ip", "inet"] {
+        writeln!(text, "table {family} many {{ chain c {{ type filter hook input priority 0;")
+            .expect("text");
+        for number in 0..5000 {
+            let (high, low) = (number / 250, number % 250);
+            writeln!(text, "ip saddr 10.9.{high}.{low} tcp dport {number} counter accept")
+                .expect("text");
+        }
+        text.push_str("}\n}\n");
+    }
+    text
+}
+
+/// What `iptables` writes into a table of its own: matches and targets that no Service uses.
+const IPTABLES: &str = "*mangle
+-A PREROUTING -p tcp -m multiport --dports 1,2,3 -m mark --mark 1 -j MARK --set-mark 2
+-A FORWARD -m conntrack --ctstate INVALID -m limit --limit 1/sec -j DROP
+-A POSTROUTING -m comment --comment \"default/web:http\" -j ACCEPT
+COMMIT
+";
+
+/// The same bytes with other names of the same length.
+fn renamed(datagram: &[u8], names: [(&[u8], &[u8]); 2]) -> Vec<u8> {
+    let mut bytes = datagram.to_vec();
+    for (from, to) in names {
+        for at in 0..bytes.len().saturating_sub(from.len()) {
+            if bytes[at..].starts_with(from) {
+                bytes[at..at + to.len()].copy_from_slice(to);
+            }
+        }
+    }
+    bytes
+}
+
+#[test]
+fn among_ten_thousand_foreign_rules_kube_proxys_backends_are_right() {
+    in_namespace(|| {
+        let counters = Counters::default();
+        let mut subscription = Subscription::open(64 << 20).expect("subscribe");
+        let start = || dump(&Counters::default());
+        let (mut plain, mut unknown) = (start(), start());
+        nft(FOREIGN);
+        nft(&many());
+        nft(&captured("nftables-1.36/0-before.nft"));
+        feed(&["iptables-nft-restore"], IPTABLES);
+        let fresh = dump(&counters);
+        let backends = expected(&[18, 19, 20], &["default/kubernetes:https Tcp 10.99.0.1 6443"]);
+        assert_eq!(reached(&fresh), backends);
+        // The decoder knows every expression that these tools write, so some get other names: of a
+        // foreign rule, and of those in which kube-proxy chooses a backend.
+        let names = [(&b"hash\0"[..], &b"hush\0"[..]), (b"numgen\0", b"numgon\0")];
+        let strange = Counters::default();
+        while plain.generation() != fresh.generation() {
+            let datagram = next(&mut subscription).datagram.expect("nothing is lost");
+            follow(&mut plain, &datagram, &counters);
+            follow(&mut unknown, &renamed(&datagram, names), &strange);
+        }
+        assert_eq!(plain.ruleset(), fresh.ruleset());
+        assert_eq!((counters.malformed.get(), counters.unknown_expressions.get()), (0, 0));
+        assert_eq!(unknown.ruleset(), fresh.ruleset());
+        assert_eq!(strange.malformed.get(), 0);
+        assert_eq!(strange.unknown_expressions.get(), 1 + 5, "jhash, and each rule that sends");
+    });
+}
+
+fn follow(follow: &mut Follow, datagram: &[u8], counters: &Counters) {
+    for message in read_datagram(datagram, counters) {
+        assert_ne!(follow.step(message, BootNs(0), BootNs(0)), Step::Lost);
+    }
 }

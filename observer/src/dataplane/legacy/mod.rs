@@ -36,6 +36,14 @@ fn exists(family: Family) -> bool {
     fs::read_to_string(path).is_ok_and(|names| names.lines().any(|name| name == "nat"))
 }
 
+/// A legacy nat table as the kernel hands it out: its `ipt_getinfo` and its entries.
+///
+/// # Errors
+/// Those of the socket calls; `WouldBlock` when the table changed in between.
+pub(crate) fn raw(family: Family) -> io::Result<(Vec<u8>, Vec<u8>)> {
+    sockopt::nat_table(&sockopt::open(family)?, family)
+}
+
 /// A legacy nat table as it was at one moment.
 #[derive(Debug, Default)]
 pub struct Reading {

@@ -75,12 +75,11 @@ impl Dumper {
         let mut maps: Vec<(TableId, Name)> = Vec::new();
         for kind in [kind::GET_TABLE, kind::GET_CHAIN, kind::GET_SET, kind::GET_RULE] {
             self.ask(kind, ALL, None, counters, |message| {
-                let Message::In(table, change) = message else { return Ok(()) };
+                let Message::In(table, change) = message else { return };
                 if let Change::NewMap { map, .. } = &change {
                     maps.push((table.clone(), map.clone()));
                 }
                 messages.push((table, change));
-                Ok(())
             })?;
         }
         for map in &maps {
@@ -88,7 +87,6 @@ impl Dumper {
                 if let Message::In(table, change) = message {
                     messages.push((table, change));
                 }
-                Ok(())
             })?;
         }
         if self.generation(counters)? != before {
@@ -101,10 +99,7 @@ impl Dumper {
     fn generation(&mut self, counters: &Counters) -> Result<u32, Fault> {
         let mut generation = None;
         self.ask(kind::GET_GENERATION, ONE, None, counters, |message| {
-            if let Message::Generation(id) = message {
-                generation = Some(id);
-            }
-            Ok(())
+            generation = generation.or(message.generation());
         })?;
         generation.ok_or_else(|| anyhow::anyhow!("no nf_tables generation in the answer").into())
     }
@@ -116,7 +111,7 @@ impl Dumper {
         flags: u16,
         map: Option<&(TableId, Name)>,
         counters: &Counters,
-        mut take: impl FnMut(Message) -> Result<(), Fault>,
+        mut take: impl FnMut(Message),
     ) -> Result<(), Fault> {
         self.sequence = self.sequence.wrapping_add(1);
         let request = request(kind, flags, self.sequence, map);
@@ -128,35 +123,76 @@ impl Dumper {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 datagram => datagram.context("read the kernel's nf_tables rules")?,
             };
-            for frame in frames(datagram) {
-                let Ok(frame) = frame else {
-                    counters.malformed.increase();
-                    break;
-                };
-                if frame.sequence != self.sequence {
-                    continue;
-                }
-                if frame.flags & INTERRUPTED != 0 {
-                    return Err(Fault::Changed);
-                }
-                match frame.kind {
-                    DONE => return Ok(()),
-                    ERROR => return fault(&frame),
-                    _ => match decode(&frame) {
-                        Ok((message, unknown)) => {
-                            counters.unknown_expressions.add(unknown);
-                            take(message)?;
-                        }
-                        Err(Passed::Malformed) => counters.malformed.increase(),
-                        Err(Passed::Foreign) => {}
-                    },
-                }
-                if flags == ONE {
-                    return Ok(());
-                }
+            match read_answer(datagram, self.sequence, flags, counters, &mut take)? {
+                Progress::Ended => return Ok(()),
+                Progress::Continues => {}
             }
         }
     }
+}
+
+/// Whether a datagram was the last one of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    Ended,
+    Continues,
+}
+
+/// Passes the messages that a datagram has of the answer to the request `sequence` to `take`.
+fn read_answer(
+    datagram: &[u8],
+    sequence: u32,
+    flags: u16,
+    counters: &Counters,
+    mut take: impl FnMut(Message),
+) -> Result<Progress, Fault> {
+    for frame in frames(datagram) {
+        let Ok(frame) = frame else {
+            counters.malformed.increase();
+            break;
+        };
+        if frame.sequence != sequence {
+            continue;
+        }
+        if frame.flags & INTERRUPTED != 0 {
+            return Err(Fault::Changed);
+        }
+        match frame.kind {
+            DONE => return Ok(Progress::Ended),
+            ERROR => return fault(&frame).map(|()| Progress::Ended),
+            _ => match decode(&frame) {
+                Ok((message, unknown)) => {
+                    counters.unknown_expressions.add(unknown);
+                    take(message);
+                }
+                Err(Passed::Malformed) => counters.malformed.increase(),
+                Err(Passed::Foreign) => {}
+            },
+        }
+        if flags == ONE {
+            return Ok(Progress::Ended);
+        }
+    }
+    Ok(Progress::Continues)
+}
+
+/// The rules in recorded answers to dump requests that were numbered from 1, without a socket.
+///
+/// # Errors
+/// As [`Dumper::dump`].
+pub(crate) fn replay(answers: &[u8], counters: &Counters) -> Result<Ruleset, Fault> {
+    let mut messages = Vec::new();
+    for sequence in 1.. {
+        let progress = read_answer(answers, sequence, ALL, counters, |message| {
+            if let Message::In(table, change) = message {
+                messages.push((table, change));
+            }
+        })?;
+        if progress == Progress::Continues {
+            break;
+        }
+    }
+    Ruleset::from_messages(messages).ok().ok_or(Fault::Changed)
 }
 
 /// `nlmsgerr`: a negative errno, 0 for an acknowledgement.

@@ -25,12 +25,23 @@ const BATCH_MAX: usize = 1_000_000;
 /// A commit whose rules are now in the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Commit {
-    /// When its first message was received: it had taken effect by then.
-    pub at: BootNs,
-    /// It took effect within `[at - uncertainty, at]`.
-    pub uncertainty: Duration,
     /// What it changed of the tables it touched; empty when it touched nothing that the model keeps.
     pub tables: Vec<(TableId, Changes)>,
+    /// When and whose it was.
+    pub heard: Heard,
+}
+
+/// When a commit was heard of, and who made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heard {
+    /// Its first message arrived no earlier.
+    pub earliest: BootNs,
+    /// When its first message was read: it had taken effect by then.
+    pub at: BootNs,
+    /// When its last message was read.
+    pub last: BootNs,
+    /// The thread that made it, in the root pid namespace.
+    pub task: Option<u32>,
 }
 
 /// What a message led to.
@@ -89,15 +100,16 @@ impl Follow {
                 Step::Nothing
             }
             Message::Cut => Step::Lost,
-            Message::Generation(generation) => {
+            Message::Generation { number, task } => {
                 let incomplete = mem::take(&mut self.incomplete);
                 let batch = mem::take(&mut self.batch);
                 let (earliest, at) = self.began.take().unwrap_or((earliest, read));
                 let next = self.generation.checked_add(1).unwrap_or(1);
-                if generation == next && !incomplete {
-                    self.generation = generation;
-                    self.commit(batch, at, earliest, read)
-                } else if generation.wrapping_sub(self.generation).cast_signed() <= 0 {
+                if number == next && !incomplete {
+                    self.generation = number;
+                    let heard = Heard { earliest, at, last: read, task };
+                    self.commit(batch, heard)
+                } else if number.wrapping_sub(self.generation).cast_signed() <= 0 {
                     Step::Nothing
                 } else {
                     Step::Lost
@@ -106,19 +118,26 @@ impl Follow {
         }
     }
 
-    fn commit(
-        &mut self,
-        batch: Vec<(TableId, Change)>,
-        at: BootNs,
-        earliest: BootNs,
-        last: BootNs,
-    ) -> Step {
+    fn commit(&mut self, batch: Vec<(TableId, Change)>, heard: Heard) -> Step {
         let Ok(tables) = self.ruleset.commit(batch) else { return Step::Lost };
+        Step::Commit(Commit { tables, heard })
+    }
+}
+
+impl Heard {
+    /// It took effect within `[at - uncertainty, at]`. `begun` is when the kernel began to commit
+    /// on behalf of the same thread, the latest time it did.
+    #[must_use]
+    pub fn uncertainty(&self, begun: Option<BootNs>) -> Duration {
+        if let Some(begun) = begun.filter(|begun| *begun <= self.earliest) {
+            // A later commit of this thread would have begun after this one was heard.
+            return self.at.since(begun);
+        }
         // The walk over the transaction that precedes the first message is about as long as the
         // one that sends them.
-        let sending = last.since(at);
-        let reading = at.since(earliest);
-        Step::Commit(Commit { at, uncertainty: DELIVERY + sending + reading, tables })
+        let sending = self.last.since(self.at);
+        let reading = self.at.since(self.earliest);
+        DELIVERY + sending + reading
     }
 }
 
@@ -132,6 +151,10 @@ mod tests {
         Message::In(id, Change::NewTable { dormant: false })
     }
 
+    fn generation(number: u32) -> Message {
+        Message::Generation { number, task: Some(4711) }
+    }
+
     fn at(generation: u32) -> Follow {
         Follow::from_dump(Ruleset::default(), generation)
     }
@@ -143,7 +166,7 @@ mod tests {
         let mut follow = at(7);
         assert_eq!(follow.step(table(), T[0], T[0]), Step::Nothing);
         assert_eq!(follow.ruleset().tables().count(), 0);
-        assert!(matches!(follow.step(Message::Generation(8), T[0], T[1]), Step::Commit(_)));
+        assert!(matches!(follow.step(generation(8), T[0], T[1]), Step::Commit(_)));
         assert_eq!(follow.ruleset().tables().count(), 1);
     }
 
@@ -152,26 +175,34 @@ mod tests {
         let mut follow = at(7);
         follow.step(table(), T[0], T[1]);
         follow.step(table(), T[0], T[2]);
-        let Step::Commit(commit) = follow.step(Message::Generation(8), T[0], T[3]) else {
+        let Step::Commit(commit) = follow.step(generation(8), T[0], T[3]) else {
             panic!("a commit")
         };
-        assert_eq!(commit.at, T[1]);
-        assert_eq!(commit.uncertainty, DELIVERY + Duration::from_micros(1 + 2));
+        assert_eq!((commit.heard.at, commit.heard.task), (T[1], Some(4711)));
+        assert_eq!(commit.heard.uncertainty(None), DELIVERY + Duration::from_micros(1 + 2));
+    }
+
+    #[test]
+    fn the_kernels_own_stamp_bounds_a_commit_unless_it_is_a_later_ones() {
+        let heard = Heard { earliest: T[1], at: T[2], last: T[3], task: None };
+        assert_eq!(heard.uncertainty(Some(T[0])), Duration::from_micros(2));
+        assert_eq!(heard.uncertainty(Some(T[1])), Duration::from_micros(1));
+        assert_eq!(heard.uncertainty(Some(T[2])), heard.uncertainty(None));
     }
 
     #[test]
     fn what_the_dump_already_showed_is_passed_over() {
         let mut follow = at(7);
         follow.step(table(), T[0], T[0]);
-        assert_eq!(follow.step(Message::Generation(7), T[0], T[0]), Step::Nothing);
+        assert_eq!(follow.step(generation(7), T[0], T[0]), Step::Nothing);
         assert_eq!(follow.ruleset().tables().count(), 0);
         assert_eq!(follow.generation(), 7);
     }
 
     #[test]
     fn a_missing_commit_is_a_loss_and_the_number_wraps_past_zero() {
-        assert_eq!(at(7).step(Message::Generation(9), T[0], T[0]), Step::Lost);
-        let wrapped = at(u32::MAX).step(Message::Generation(1), T[0], T[0]);
+        assert_eq!(at(7).step(generation(9), T[0], T[0]), Step::Lost);
+        let wrapped = at(u32::MAX).step(generation(1), T[0], T[0]);
         assert!(matches!(wrapped, Step::Commit(_)));
     }
 
@@ -180,7 +211,7 @@ mod tests {
         let mut follow = at(7);
         follow.step(table(), T[0], T[0]);
         assert_eq!(follow.step(Message::Unreadable, T[0], T[0]), Step::Nothing);
-        assert_eq!(follow.step(Message::Generation(8), T[0], T[0]), Step::Lost);
+        assert_eq!(follow.step(generation(8), T[0], T[0]), Step::Lost);
         assert_eq!(follow.ruleset().tables().count(), 0);
         assert_eq!(at(7).step(Message::Cut, T[0], T[0]), Step::Lost);
     }
@@ -189,8 +220,8 @@ mod tests {
     fn an_unreadable_message_of_a_commit_that_the_dump_showed_is_passed_over() {
         let mut follow = at(7);
         follow.step(Message::Unreadable, T[0], T[0]);
-        assert_eq!(follow.step(Message::Generation(7), T[0], T[0]), Step::Nothing);
-        assert!(matches!(follow.step(Message::Generation(8), T[0], T[0]), Step::Commit(_)));
+        assert_eq!(follow.step(generation(7), T[0], T[0]), Step::Nothing);
+        assert!(matches!(follow.step(generation(8), T[0], T[0]), Step::Commit(_)));
     }
 
     #[test]
@@ -198,6 +229,6 @@ mod tests {
         let mut follow = at(7);
         let id = TableId { family: TableFamily::Ip, name: "unknown".into() };
         follow.step(Message::In(id, Change::DeleteChain { chain: "c".into() }), T[0], T[0]);
-        assert_eq!(follow.step(Message::Generation(8), T[0], T[0]), Step::Lost);
+        assert_eq!(follow.step(generation(8), T[0], T[0]), Step::Lost);
     }
 }

@@ -88,7 +88,12 @@ pub struct TableId {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
     /// A commit's last message.
-    Generation(u32),
+    Generation {
+        /// The commit's number.
+        number: u32,
+        /// The thread that made it, in the root pid namespace.
+        task: Option<u32>,
+    },
     /// Something in a table.
     In(TableId, Change),
     /// Something in a table that is not what the kernel writes: its commit is not known whole.
@@ -96,6 +101,17 @@ pub enum Message {
     /// The rest of a datagram, or a commit's number, is not what the kernel writes: no later
     /// message need tell that something is missing.
     Cut,
+}
+
+impl Message {
+    /// The number of the commit that this message ends.
+    #[must_use]
+    pub fn generation(&self) -> Option<u32> {
+        match self {
+            Self::Generation { number, .. } => Some(*number),
+            _ => None,
+        }
+    }
 }
 
 /// What a message says of its table.
@@ -136,7 +152,7 @@ pub(super) fn decode(frame: &Frame<'_>) -> Result<(Message, u64), Passed> {
     }
     let (header, body) = frame.payload.split_at_checked(FAMILY_HEADER_BYTES).ok_or(Malformed)?;
     if kind == kind::NEW_GENERATION {
-        return Ok((generation(body).map_or(Message::Cut, Message::Generation), 0));
+        return Ok((generation(body).unwrap_or(Message::Cut), 0));
     }
     let family = TableFamily::from_number(header[0]).ok_or(Passed::Foreign)?;
     let (change, unknown) = change(kind, family, body)?;
@@ -145,10 +161,13 @@ pub(super) fn decode(frame: &Frame<'_>) -> Result<(Message, u64), Passed> {
     Ok((Message::In(TableId { family, name: name(table)?.into() }, change), unknown))
 }
 
-/// `NFTA_GEN_ID` 1.
-fn generation(body: &[u8]) -> Result<u32, Malformed> {
-    let [_, id] = fields::<2>(body)?;
-    be32(id.ok_or(Malformed)?)
+/// `NFTA_GEN_ID` 1, `NFTA_GEN_PROC_PID` 2.
+fn generation(body: &[u8]) -> Result<Message, Malformed> {
+    let [_, id, task] = fields::<3>(body)?;
+    Ok(Message::Generation {
+        number: be32(id.ok_or(Malformed)?)?,
+        task: task.map(be32).transpose()?,
+    })
 }
 
 fn change(kind: u8, family: TableFamily, body: &[u8]) -> Result<(Change, u64), Passed> {

@@ -8,6 +8,7 @@ mod messages;
 mod ruleset;
 mod socket;
 
+pub(crate) use dump::replay;
 pub use dump::{Dumper, Fault};
 pub use messages::{Message, TableFamily, TableId};
 pub use ruleset::Ruleset;

@@ -1,0 +1,4 @@
+//! See `observer_fuzz::nft_notifications`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| observer_fuzz::nft_notifications(bytes));
