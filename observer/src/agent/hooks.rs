@@ -11,10 +11,8 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use crate::clock;
-use crate::dataplane::{
-    Commit, CommitSignal, Family, SilentTable, ipvs_in_use, legacy_tables_in_use,
-};
-use crate::facts::{BootNs, Happening, KernelEvent};
+use crate::dataplane::{Commit, CommitSignal, SilentTable, ipvs_in_use, legacy_tables_in_use};
+use crate::facts::{BootNs, KernelEvent};
 use crate::kernel::Probes;
 use crate::kernel::probes::{IPVS_COMMIT, LEGACY_COMMIT, Signal};
 use crate::metrics::Metrics;
@@ -23,7 +21,6 @@ use crate::metrics::Metrics;
 /// Far below the whole seconds of a preStop sleep.
 pub(super) const LOOK: Duration = Duration::from_millis(100);
 
-const LEGACY: &[SilentTable] = &[SilentTable::Legacy(Family::V4), SilentTable::Legacy(Family::V6)];
 /// Its hook ends with the module, and is attached anew when [`CommitHooks::tick`] saw the module
 /// gone. What is unloaded and loaded again between two ticks, with a service, is not followed any
 /// more: no kube-proxy unloads it.
@@ -70,7 +67,7 @@ impl CommitHooks {
             absent_at: clock::now(),
         };
         let mut hooks = vec![
-            hook(&LEGACY_COMMIT, LEGACY, legacy_tables_in_use as fn() -> bool),
+            hook(&LEGACY_COMMIT, &SilentTable::LEGACY, legacy_tables_in_use as fn() -> bool),
             hook(&IPVS_COMMIT, IPVS, ipvs_in_use),
         ];
         for hook in &mut hooks {
@@ -82,7 +79,7 @@ impl CommitHooks {
     /// A kernel event: a commit is passed on. Where that cannot be at once it becomes a missed
     /// span.
     pub(super) fn committed(&mut self, event: &KernelEvent) {
-        for commit in commits(event) {
+        for commit in Commit::told_by(event) {
             if self.signals.try_send(CommitSignal::Commit(commit)).is_err() {
                 self.missed_since(event.at);
             }
@@ -138,24 +135,6 @@ impl CommitHooks {
                 let _full = self.signals.try_send(CommitSignal::Look { at: now, table: *table });
             }
         }
-    }
-}
-
-/// What an event tells of commits, one for each table.
-fn commits(event: &KernelEvent) -> Vec<Commit> {
-    let of = |tables: &[SilentTable]| {
-        tables.iter().map(|table| Commit::new(event.at, *table)).collect::<Vec<_>>()
-    };
-    match event.happening {
-        Happening::LegacyCommit { family: 4 } => of(&LEGACY[..1]),
-        Happening::LegacyCommit { family: 6 } => of(&LEGACY[1..]),
-        Happening::LegacyCommit { .. } => of(LEGACY),
-        Happening::IpvsCommit { call_ns } => vec![Commit {
-            call: (call_ns > 0).then(|| Duration::from_nanos(call_ns.into())),
-            destination: Some(event.local).filter(|destination| destination.port() != 0),
-            ..Commit::new(event.at, SilentTable::Ipvs)
-        }],
-        _ => Vec::new(),
     }
 }
 

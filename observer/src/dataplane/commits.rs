@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::SilentTable;
-use crate::facts::{Backend, BootNs};
+use crate::facts::{Backend, BootNs, Happening, KernelEvent};
 
 /// A change of a table that does not announce its changes, as a kernel hook saw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +28,25 @@ impl Commit {
     #[must_use]
     pub fn new(at: BootNs, table: SilentTable) -> Self {
         Self { at, table, call: None, destination: None }
+    }
+
+    /// What an event of a kernel hook tells, one for each table; nothing when it is of another kind.
+    #[must_use]
+    pub fn told_by(event: &KernelEvent) -> Vec<Self> {
+        let of = |tables: &[SilentTable]| -> Vec<Self> {
+            tables.iter().map(|table| Self::new(event.at, *table)).collect()
+        };
+        match event.happening {
+            Happening::LegacyCommit { family: 4 } => of(&SilentTable::LEGACY[..1]),
+            Happening::LegacyCommit { family: 6 } => of(&SilentTable::LEGACY[1..]),
+            Happening::LegacyCommit { .. } => of(&SilentTable::LEGACY),
+            Happening::IpvsCommit { call_ns } => vec![Self {
+                call: (call_ns > 0).then(|| Duration::from_nanos(call_ns.into())),
+                destination: Some(event.local).filter(|destination| destination.port() != 0),
+                ..Self::new(event.at, SilentTable::Ipvs)
+            }],
+            _ => Vec::new(),
+        }
     }
 
     /// Whether it may have taken effect within `(begun, ended]`.

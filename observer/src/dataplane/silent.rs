@@ -40,6 +40,9 @@ pub enum SilentTable {
 }
 
 impl SilentTable {
+    /// The legacy nat tables.
+    pub const LEGACY: [Self; 2] = [Self::Legacy(Family::V4), Self::Legacy(Family::V6)];
+
     /// The dataplane it is part of.
     #[must_use]
     pub fn dataplane(self) -> Dataplane {

@@ -120,6 +120,97 @@ mod tests {
 
     use super::*;
 
-    /// As Linux 6.12 wrote it: see the test `every_form_is_read` of the guest.
+    /// As Linux 6.12 wrote it after the rules of the guest's test `every_form_of_a_line_is_read`.
     const TEXT: &str = include_str!("../../../tests/captures/ipvs/ip_vs-6.12.txt");
+
+    fn shown(backends: &BTreeSet<Backend>) -> Vec<String> {
+        let shown = backends
+            .iter()
+            .map(|backend| format!("{:?} {} {}", backend.protocol, backend.address, backend.port));
+        shown.collect()
+    }
+
+    /// A service with one destination, after the header.
+    fn one(service: &str, destination: &str) -> Table {
+        let header: String = TEXT.split_inclusive('\n').take(3).collect();
+        parse(&format!("{header}{service}\n  -> {destination}\n"))
+    }
+
+    #[test]
+    fn every_form_of_a_line_is_read() {
+        let Table { reached, services, malformed } = parse(TEXT);
+        assert_eq!(
+            shown(&reached.backends),
+            [
+                "Tcp 10.244.0.18 8080",
+                "Tcp 10.244.0.20 80",
+                "Tcp 10.244.0.21 80",
+                "Tcp 127.0.0.1 80",
+                "Tcp fd00:10:244::12 8080",
+                "Udp 10.244.0.2 53",
+                "Sctp 10.244.0.18 9090",
+            ]
+        );
+        assert_eq!(shown(&reached.draining), ["Tcp 10.244.0.19 8080"]);
+        assert_eq!(reached.unresolved, 1, "the firewall mark");
+        assert_eq!((services, malformed), (5, 0));
+    }
+
+    #[test]
+    fn what_one_service_drains_and_another_sends_to_is_a_backend() {
+        let line = |weight| format!("  -> 0AF40012:1F90      Masq    {weight}      0          0\n");
+        for weights in [[0, 1], [1, 0]] {
+            let [first, second] = weights.map(line);
+            let text = format!("TCP  0A600050:0050 rr\n{first}TCP  0A600051:0050 rr\n{second}");
+            let table = parse(&text);
+            assert_eq!(shown(&table.reached.backends), ["Tcp 10.244.0.18 8080"]);
+            assert_eq!(shown(&table.reached.draining), [] as [&str; 0]);
+        }
+    }
+
+    #[test]
+    fn the_flags_of_a_service_do_not_matter() {
+        for flags in ["", "ops ", "ops persistent 10800 FFFFFFFF", "none persistent 1 FFFFFF00"] {
+            let table = one(&format!("UDP  0A600050:0035 rr {flags}"), "0AF40012:0035 Local 1 0 0");
+            assert_eq!(shown(&table.reached.backends), ["Udp 10.244.0.18 53"]);
+        }
+    }
+
+    #[test]
+    fn what_is_sent_to_a_destination_may_not_be_told() {
+        for (service, destination) in [
+            ("FWM  00000007 rr ops ", "0AF40016:0050 Route 1 0 0"),
+            ("IP_50  0A600050:0000 rr", "0AF40016:0000 Masq 1 0 0"),
+            ("TCP  0A600050:0000 rr persistent 300 FFFFFFFF", "0AF40016:0000 Masq 1 0 0"),
+        ] {
+            let table = one(service, destination);
+            let reached = Reached { unresolved: 1, ..Reached::default() };
+            assert_eq!(table, Table { reached, services: 1, malformed: 0 }, "{service}");
+            assert_eq!(one(service, &destination.replace(" 1 ", " 0 ")).reached.unresolved, 0);
+        }
+    }
+
+    #[test]
+    fn a_line_that_is_not_understood_is_counted_and_passed_over() {
+        for service in ["TCP", "TCP  0A60005:0050 rr", "TCP  [fd00::1:0050 rr", "FWM  mark rr", ""]
+        {
+            let table = one(service, "0AF40012:1F90 Masq 1 0 0");
+            assert_eq!(table, Table { malformed: 2, ..Table::default() }, "{service}");
+        }
+        for destination in
+            ["", "0AF40012", "0AF40012:1F90 Masq", "0AF40012:1F90 Masq -1 0 0", "[]:1F90 Masq 1"]
+        {
+            let table = one("TCP  0A600050:0050 rr", destination);
+            assert_eq!(table, Table { services: 1, malformed: 1, ..Table::default() });
+        }
+    }
+
+    #[test]
+    fn a_text_cut_anywhere_gives_no_other_backend() {
+        let whole = parse(TEXT).reached;
+        for end in 0..TEXT.len() {
+            let part = parse(&TEXT[..end]).reached;
+            assert!(part.backends.is_subset(&whole.backends), "cut at {end}");
+        }
+    }
 }
