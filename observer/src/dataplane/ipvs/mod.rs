@@ -6,7 +6,7 @@
 
 mod text;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, ErrorKind, Read as _};
 use std::sync::Arc;
 
@@ -51,7 +51,7 @@ impl Reader {
     /// # Errors
     /// When the file cannot be read.
     pub fn read(&self) -> anyhow::Result<Table> {
-        let text = match fs::read_to_string(PATH) {
+        let text = match read_by_page() {
             Ok(text) => text,
             Err(error) if is_absent(&error) => return Ok(Table::default()),
             Err(error) => return Err(error).with_context(|| format!("cannot read {PATH}")),
@@ -59,6 +59,18 @@ impl Reader {
         let table = parse(&text);
         self.counters.malformed.add(table.malformed);
         Ok(table)
+    }
+}
+
+/// The whole text. Asked for less than a page, the kernel would hand it out in smaller pieces.
+fn read_by_page() -> io::Result<String> {
+    let mut file = File::open(PATH)?;
+    let (mut text, mut page) = (Vec::new(), [0; PAGE_BYTES]);
+    loop {
+        match file.read(&mut page)? {
+            0 => return String::from_utf8(text).map_err(io::Error::other),
+            read => text.extend_from_slice(&page[..read]),
+        }
     }
 }
 
