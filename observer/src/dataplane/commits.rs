@@ -51,7 +51,12 @@ impl Commit {
 
     /// Whether it may have taken effect within `(begun, ended]`.
     pub(super) fn may_fall_into(&self, begun: BootNs, ended: BootNs) -> bool {
-        self.at > begun && self.at.minus(self.call.unwrap_or_default()) <= ended
+        self.at > begun && self.begun() <= ended
+    }
+
+    /// When its call began, as far as that was measured.
+    pub(super) fn begun(&self) -> BootNs {
+        self.at.minus(self.call.unwrap_or_default())
     }
 
     fn may_change(&self, backend: &Backend) -> bool {

@@ -212,15 +212,12 @@ impl Follower {
         }
         let (reading, read_at) = self.read_between_commits(table, ahead, signals).await;
         let shown = commits_shown(ahead, commit, read_at);
-        match reading {
-            Some(reading) => {
-                let commits = Commits::new(shown, reading.call);
-                self.replace(table, reading, |backend| commits.when(backend)).await;
-            }
-            None => {
-                let first = shown.iter().map(|commit| commit.at).min().unwrap_or(commit.at);
-                self.silent.unread(table, first);
-            }
+        if let Some(reading) = reading {
+            let commits = Commits::new(shown, reading.call);
+            self.replace(table, reading, |backend| commits.when(backend)).await;
+        } else {
+            let begun = shown.iter().map(Commit::begun).min();
+            self.silent.unread(table, begun.unwrap_or(commit.at));
         }
     }
 
