@@ -9,6 +9,7 @@
 #![no_std]
 #![no_main]
 
+mod commit;
 mod ipvs;
 mod layout;
 mod maps;
@@ -113,6 +114,12 @@ pub fn ipvs_service_call(_ctx: ProbeContext) -> u32 {
 #[kretprobe]
 pub fn ipvs_commit(ctx: RetProbeContext) -> u32 {
     ipvs::returned(&ctx)
+}
+
+/// `nf_tables_commit(net, skb)`: new rules take effect from here on.
+#[kprobe]
+pub fn nft_commit(ctx: ProbeContext) -> u32 {
+    commit::begun(&ctx)
 }
 
 #[panic_handler]

@@ -11,6 +11,12 @@ use observer_common::{ArrivalCount, ArrivalKey, Event, Ip, ProbedPort, SignalCou
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 
+/// When each thread began its latest commit to `nf_tables` and the one before (`CLOCK_BOOTTIME`, ns;
+/// 0: none). The program inserts, nobody deletes. Full: the entry that was used least recently goes,
+/// of a process long gone.
+#[map]
+pub static TASK_TO_COMMITS: LruHashMap<u32, [u64; 2]> = LruHashMap::with_max_entries(1_024, 0);
+
 /// Exact counts per signal, indexed by [`signal`]. The programs add; nobody deletes or resets.
 #[map]
 pub static SIGNAL_TO_COUNTS: PerCpuArray<SignalCounts> =

@@ -59,7 +59,7 @@ fn observe_with(
         let mut kernel =
             kernel::start(PathBuf::from("/sys/fs/cgroup")).expect("kernel side starts");
         prepare(&mut kernel);
-        let Started { probes, events, counters, addresses: _addresses } = kernel;
+        let Started { probes, events, counters, addresses: _addresses, .. } = kernel;
         for probe in probes.states() {
             assert!(probe.method.is_some(), "{} is off: {:?}", probe.signal, probe.problem);
         }

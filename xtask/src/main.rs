@@ -3,6 +3,7 @@
 //! Must build on a machine that has nothing but rustup, git, gcc and make, so it never depends on
 //! the observer itself, which needs what `setup` installs.
 
+mod bench;
 mod build;
 mod ci;
 mod guest_tests;
@@ -42,6 +43,8 @@ enum Command {
     Guest(guest_tests::Args),
     /// Watch pods being replaced, without a preStop sleep and with the recommended one.
     Demo(xtask::demo::Args),
+    /// Measure speed and size, and compare them with what they may be.
+    Bench(bench::Args),
     /// lint, test and demo, each timed: what must pass before a merge.
     Ci,
     /// The server inside one of the lab's pods.
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Guest(args) => guest_tests::run(&args),
         Command::Demo(args) => demo(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Ci => ci::run(),
         Command::LabPod(args) => xtask::lab::pod::run(&args),
     };

@@ -22,7 +22,7 @@ pub(crate) enum Task {
     Build,
     /// Check the sources.
     Lint,
-    /// Run pods in network namespaces: the demo.
+    /// Work in network namespaces: the demo, benchmarks.
     Network,
     /// Run the tests of another kernel in a guest.
     Guest,

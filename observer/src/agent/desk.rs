@@ -26,6 +26,7 @@ use crate::facts::{
 };
 use crate::kernel::addresses::Addresses;
 use crate::kernel::counters::{Counters, Reading, SIGNAL_NAMES};
+use crate::kernel::probes::NFT_COMMIT;
 use crate::kernel::{EventCounts, Probes};
 use crate::metrics::Metrics;
 use crate::readiness::{Item, Readiness};
@@ -116,7 +117,7 @@ impl Desk {
             tokio::select! {
                 Some(event) = inbox.events.recv() => self.take_event(&event),
                 Some(fact) = inbox.facts.recv() => self.take_fact(fact),
-                Some(update) = inbox.updates.recv() => self.take_update(update),
+                Some(update) = inbox.updates.recv() => self.take_update(update)?,
                 Some(question) = inbox.asked.recv() => {
                     // Whoever asked may have hung up.
                     let _unheard = question.send(self.correlator.timelines());
@@ -164,16 +165,29 @@ impl Desk {
         }
     }
 
-    fn take_update(&mut self, update: Update) {
+    fn take_update(&mut self, update: Update) -> anyhow::Result<()> {
         match update {
             Update::Present { at, backends, draining } => {
                 self.take_present(at, backends, BackendStep::Added);
                 self.take_present(at, draining, BackendStep::Draining);
+                self.stamp_commits()?;
             }
             Update::Change(change) => self.correlator.record_backend(change),
             Update::Blind(blindness) => self.correlator.record_blindness(blindness),
             Update::Status(status) => self.take_status(&status),
         }
+        Ok(())
+    }
+
+    /// Reading the rules has loaded the module, if it is one, that the hook's function is in.
+    fn stamp_commits(&mut self) -> anyhow::Result<()> {
+        self.kernel.probes.watch(&NFT_COMMIT, true)?;
+        let states = self.kernel.probes.states();
+        let probe = states.iter().find(|probe| probe.signal == NFT_COMMIT.name);
+        let method = probe.and_then(|probe| probe.method);
+        self.shown.metrics.set_probe(NFT_COMMIT.name, method);
+        info!(method, "stamps of commits to nf_tables; without a hook, of their messages");
+        Ok(())
     }
 
     /// Each came to its state at an unknown time before.

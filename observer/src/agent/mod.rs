@@ -27,7 +27,7 @@ use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::{
     api, cluster,
-    dataplane::{self, Dataplane},
+    dataplane::{self, Dataplane, StampsOf},
 };
 
 use cluster::Server;
@@ -104,11 +104,15 @@ fn start(settings: Settings, listener: TcpListener, server: Server) -> anyhow::R
     let (event_sender, events) = mpsc::channel(FACTS);
     let (fact_sender, facts) = mpsc::channel(FACTS);
     let (update_sender, updates) = mpsc::channel(FACTS);
-    let (commit_sender, commits) = mpsc::channel(FACTS);
+    let (commit_sender, commit_signals) = mpsc::channel(FACTS);
     let hooks = CommitHooks::start(commit_sender, &mut kernel.probes, &metrics)?;
     let (questions, asked) = mpsc::channel(QUESTIONS);
-    let rule_settings =
-        dataplane::Settings { dataplane: settings.dataplane, ..dataplane::Settings::default() };
+    let commits = kernel.commits;
+    let rule_settings = dataplane::Settings {
+        dataplane: settings.dataplane,
+        commit_stamps: Some(StampsOf(Arc::new(move |task| commits.of(task)))),
+        ..dataplane::Settings::default()
+    };
     let kernel_side = Kernel {
         probes: kernel.probes,
         counters: kernel.counters,
@@ -129,7 +133,7 @@ fn start(settings: Settings, listener: TcpListener, server: Server) -> anyhow::R
         api::Sources { node: node.clone(), readiness: readiness.clone(), metrics, questions };
     tasks.spawn(named("HTTP server", api::serve(listener, sources)));
     tasks.spawn(named("event reader", kernel.events.run(event_sender)));
-    let rules = dataplane::run(rule_settings, commits, update_sender);
+    let rules = dataplane::run(rule_settings, commit_signals, update_sender);
     tasks.spawn(named("dataplane reader", rules));
     tasks.spawn(named("cluster watch", async move {
         cluster::run(&server, &node, fact_sender, watches).await;

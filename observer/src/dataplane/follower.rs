@@ -20,7 +20,7 @@ use super::nft::{Arrival, Dumper, Fault, Message, Subscription, read_datagram};
 use super::reach::Reached;
 use super::silent::{Reading, SilentTable, SilentTables};
 use super::status::Detector;
-use super::{CommitBegun, CommitSignal, Counters, Settings, Update};
+use super::{CommitSignal, CommitStamps, Counters, Settings, StampsOf, Update};
 use crate::clock;
 use crate::facts::{Backend, BackendChange, BackendStep, Blindness, BootNs};
 
@@ -36,7 +36,7 @@ pub(super) struct Follower {
     subscription: Subscription,
     nft: Follow,
     silent: SilentTables,
-    commit_begun: Option<CommitBegun>,
+    commit_stamps: Option<StampsOf>,
     backends: Backends,
     detector: Detector,
     updates: Sender<Update>,
@@ -54,7 +54,7 @@ impl Follower {
             subscription,
             nft: Follow::default(),
             silent: SilentTables::open(settings)?,
-            commit_begun: settings.commit_begun.clone(),
+            commit_stamps: settings.commit_stamps.clone(),
             backends: Backends::default(),
             detector: Detector::new(settings.dataplane),
             updates,
@@ -109,8 +109,8 @@ impl Follower {
                         changes.map(|(table, now)| (Origin::Nft(table), now)).collect::<Vec<_>>();
                     self.detector.note_changes(&changes);
                     let steps = self.backends.update(changes);
-                    let begun = commit.heard.task.and_then(|task| self.commit_begun(task));
-                    let uncertainty = commit.heard.uncertainty(begun);
+                    let stamps = commit.heard.task.and_then(|task| self.stamps_of(task));
+                    let uncertainty = commit.heard.uncertainty(stamps);
                     self.report(steps, commit.heard.at, uncertainty).await;
                     self.report_status().await;
                 }
@@ -141,9 +141,9 @@ impl Follower {
         Ok(())
     }
 
-    /// When the kernel began the latest commit of a thread, where a hook tells.
-    fn commit_begun(&self, task: u32) -> Option<BootNs> {
-        self.commit_begun.as_ref()?.0(task)
+    /// When the kernel began the latest commits of a thread, where a hook tells.
+    fn stamps_of(&self, task: u32) -> Option<CommitStamps> {
+        self.commit_stamps.as_ref()?.0(task)
     }
 
     async fn dump(&self) -> anyhow::Result<Follow> {

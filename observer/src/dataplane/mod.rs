@@ -36,6 +36,7 @@ pub use commits::Commit;
 pub use counters::{Counter, Counters};
 pub use ipvs::ipvs_in_use;
 pub use legacy::legacy_tables_in_use;
+pub use nft::follow::CommitStamps;
 pub use rules::Family;
 pub use run::{read, run};
 pub use silent::SilentTable;
@@ -51,20 +52,20 @@ pub struct Settings {
     pub receive_buffer_bytes: usize,
     /// The only dataplane to follow; `None` for whichever there are.
     pub dataplane: Option<Dataplane>,
-    /// Tells when commits began, on kernels where a hook does.
-    pub commit_begun: Option<CommitBegun>,
+    /// Tells when commits to `nf_tables` began, on kernels where a hook does.
+    pub commit_stamps: Option<StampsOf>,
     /// Where to count.
     pub counters: Arc<Counters>,
 }
 
-/// Tells when the kernel began the latest commit to `nf_tables` on behalf of a thread, which is
-/// given by its id in the root pid namespace; `None` for a thread that is not known to have made one.
+/// Tells when the kernel began the latest commits to `nf_tables` on behalf of a thread, which is
+/// given by its id in the root pid namespace; `None` for one that is not known to have made any.
 #[derive(Clone)]
-pub struct CommitBegun(pub Arc<dyn Fn(u32) -> Option<BootNs> + Send + Sync>);
+pub struct StampsOf(pub Arc<dyn Fn(u32) -> Option<CommitStamps> + Send + Sync>);
 
-impl fmt::Debug for CommitBegun {
+impl fmt::Debug for StampsOf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("CommitBegun")
+        f.write_str("StampsOf")
     }
 }
 
@@ -73,7 +74,7 @@ impl Default for Settings {
         Self {
             receive_buffer_bytes: RECEIVE_BUFFER_BYTES,
             dataplane: None,
-            commit_begun: None,
+            commit_stamps: None,
             counters: Arc::default(),
         }
     }

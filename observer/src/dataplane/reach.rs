@@ -8,8 +8,9 @@
 //! A part's label, the Service port and protocol of what passes, is its own name's, else the best
 //! of its ways in, so it does not depend on the order of edits.
 
+use std::cmp::Ordering;
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, btree_map};
 use std::net::IpAddr;
 
 use super::names;
@@ -69,11 +70,27 @@ impl Way {
     }
 }
 
-/// What is known of the connections that enter a part.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// What is known of the connections that enter a part. Sorted, the one that says most is first.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Label {
     service: Option<ServicePort>,
     protocol: Option<Protocol>,
+}
+
+impl Ord for Label {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let lacks = |label: &Self| (label.service.is_none(), label.protocol.is_none());
+        let names = |one: &Self, other: &Self| {
+            one.service.cmp(&other.service).then_with(|| one.protocol.cmp(&other.protocol))
+        };
+        lacks(self).cmp(&lacks(other)).then_with(|| names(self, other))
+    }
+}
+
+impl PartialOrd for Label {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
 impl Label {
@@ -117,9 +134,7 @@ enum Part {
 impl Part {
     /// The label of what passes: a chain's own name says more than the ways in.
     fn label(&self, ways_in: &BTreeMap<Label, isize>) -> Option<Label> {
-        let best = ways_in
-            .keys()
-            .min_by_key(|label| (label.service.is_none(), label.protocol.is_none()))?;
+        let (best, _) = ways_in.first_key_value()?;
         let Self::Chain(name) = self else { return Some(best.clone()) };
         Some(match names::of_chain(name) {
             Some((service, protocol)) => Label { service: Some(service), protocol: Some(protocol) },
@@ -249,10 +264,8 @@ impl Reach {
     ) {
         let state = self.parts.entry(part.clone()).or_default();
         for (label, change) in changes {
-            let count = state.ways_in.entry(label).or_default();
-            *count += change;
+            count_way(&mut state.ways_in, label, change);
         }
-        state.ways_in.retain(|_, count| *count != 0);
         let label = part.label(&state.ways_in);
         let before = std::mem::replace(&mut state.counted, label.clone());
         if label.is_none() {
@@ -366,13 +379,26 @@ impl Reach {
     }
 }
 
+/// Counts ways with a label, of which there may be as many as Services; none leaves no trace.
+fn count_way(ways: &mut BTreeMap<Label, isize>, label: Label, change: isize) {
+    match ways.entry(label) {
+        btree_map::Entry::Occupied(mut count) => {
+            *count.get_mut() += change;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+        btree_map::Entry::Vacant(count) => {
+            count.insert(change);
+        }
+    }
+}
+
 /// Notes one way more or less into a part; what cancels out leaves no trace.
 fn link(pending: &mut Pending, part: Part, label: Label, sign: isize) {
     match pending.entry(part) {
         Entry::Occupied(mut changes) => {
-            let count = changes.get_mut().entry(label).or_default();
-            *count += sign;
-            changes.get_mut().retain(|_, count| *count != 0);
+            count_way(changes.get_mut(), label, sign);
             if changes.get().is_empty() {
                 changes.remove();
             }

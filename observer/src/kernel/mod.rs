@@ -6,6 +6,7 @@
 pub mod addresses;
 pub mod btf;
 pub mod cgroups;
+pub mod commits;
 pub mod counters;
 pub mod decode;
 pub mod layout;
@@ -31,6 +32,7 @@ use tokio::sync::mpsc;
 use self::addresses::Addresses;
 use self::btf::Btf;
 use self::cgroups::Cgroups;
+use self::commits::Commits;
 use self::counters::Counters;
 use self::layout::Resolved;
 use self::probes::{Probe, SIGNALS, Signal};
@@ -82,6 +84,8 @@ pub struct Started {
     pub counters: Counters,
     /// Tells the programs which addresses matter.
     pub addresses: Addresses,
+    /// Tells when commits began.
+    pub commits: Commits,
 }
 
 /// Loads the programs and attaches every signal that this kernel supports.
@@ -102,6 +106,7 @@ pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
     };
     let counters = Counters::new(&mut take).map_err(StartError::Failed)?;
     let addresses = Addresses::new(&mut take).map_err(StartError::Failed)?;
+    let commits = Commits::new(&mut take).map_err(StartError::Failed)?;
     let ring = take("EVENTS").and_then(|map| Ok(RingBuf::try_from(map)?));
     let ring = ring.map_err(StartError::Failed)?;
     let states = SIGNALS
@@ -111,7 +116,7 @@ pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
     let probes = Probes { ebpf, kernel, resolved, types, states };
     probes.refuse_if_none_may_attach()?;
     let events = Events { ring, log, cgroups: Cgroups::new(cgroup_root), counts: Arc::default() };
-    Ok(Started { probes, events, counters, addresses })
+    Ok(Started { probes, events, counters, addresses, commits })
 }
 
 /// The inode number of the calling thread's network namespace.

@@ -154,6 +154,20 @@ pub const IPVS_COMMIT: Signal = Signal {
     }],
 };
 
+/// The signal whose program stamps the beginning of commits to `nf_tables`. Its function may be a
+/// module's, which reading the rules loads: to be attached after that.
+pub const NFT_COMMIT: Signal = Signal {
+    name: "nft_commit",
+    essential: false,
+    methods: &[Method {
+        attach: Attach::KProbe(&[Function { names: &["nf_tables_commit"], entry: None }]),
+        program: "nft_commit",
+        arguments: 0,
+        pointer: None,
+        needs: &["net.ns.inum"],
+    }],
+};
+
 /// Everything attached from the start.
 pub const SIGNALS: &[Signal] = &[
     Signal {

@@ -2,9 +2,16 @@
 //! its own. Needs root, and Debian's nftables and iptables; fails without.
 
 mod captures;
+mod encoding;
 mod families;
+mod following;
 mod foreign;
+mod kube_proxy;
 mod namespace;
 mod overrun;
+mod random_changes;
 mod running;
+mod scenarios;
+mod timeline;
 mod timing;
+mod trace;

@@ -3,16 +3,32 @@
 use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
+use std::sync::{PoisonError, RwLock};
 use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
-use observer::dataplane::Counters;
+use observer::dataplane::legacy::Reader;
 use observer::dataplane::nft::follow::Follow;
 use observer::dataplane::nft::{Arrival, Dumper, Subscription};
+use observer::dataplane::{Counters, Family, reach};
 use observer::facts::Backend;
+
+/// Held by every test, and alone by those that measure times.
+static RUNNING: RwLock<()> = RwLock::new(());
 
 /// Runs `test` on a thread of its own in a new network namespace, which goes with the thread.
 pub(crate) fn in_namespace(test: impl FnOnce() + Send + 'static) {
+    let _with_others = RUNNING.read().unwrap_or_else(PoisonError::into_inner);
+    in_new_namespace(test);
+}
+
+/// As [`in_namespace`], while no other test of this program runs.
+pub(crate) fn alone_in_namespace(test: impl FnOnce() + Send + 'static) {
+    let _alone = RUNNING.write().unwrap_or_else(PoisonError::into_inner);
+    in_new_namespace(test);
+}
+
+fn in_new_namespace(test: impl FnOnce() + Send + 'static) {
     let thread = thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("make a network namespace: this test needs root");
         test();
@@ -26,6 +42,9 @@ pub(crate) fn in_namespace(test: impl FnOnce() + Send + 'static) {
 pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("build a runtime")
 }
+
+/// What the address of every backend begins with that only marks a moment.
+pub(crate) const MARKERS: &str = "192.0.2.";
 
 /// Feeds `input` to a tool in this thread's namespace; it has to succeed.
 pub(crate) fn feed(command: &[&str], input: &str) {
@@ -51,6 +70,14 @@ pub(crate) fn feed(command: &[&str], input: &str) {
 /// Makes one commit to the `nf_tables` rules.
 pub(crate) fn nft(commands: &str) {
     feed(&["nft", "-f", "-"], commands);
+}
+
+/// A table's rules as `nft` lists them, with handles.
+pub(crate) fn listed(table: &str) -> String {
+    let output = Command::new("nft").args(["-a", "list", "table", "ip", table]).output();
+    let output = output.expect("run nft (apt-get install nftables)");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
 }
 
 /// A recorded state.
@@ -111,4 +138,12 @@ pub(crate) fn reached(follow: &Follow) -> BTreeSet<String> {
     let reached: Vec<_> =
         follow.ruleset().tables().map(|(id, _)| follow.ruleset().reached(id)).collect();
     shown(reached.iter().flat_map(|reached| &reached.backends))
+}
+
+/// The backends of the legacy nat table of an IP version.
+pub(crate) fn legacy_backends(family: Family) -> BTreeSet<String> {
+    let reader = Reader::open(family).expect("open").expect("this IP version");
+    let reached = reach::walk(&reader.read().expect("read the legacy nat table").table);
+    assert_eq!(reached.unresolved, 0);
+    shown(&reached.backends)
 }

@@ -2,133 +2,19 @@
 
 use std::collections::BTreeSet;
 use std::future::Future;
-use std::sync::Arc;
 use std::time::Duration;
 
 use nix::libc;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use observer::clock;
-use observer::dataplane::{
-    Commit, CommitSignal, Counters, Dataplane, Family, Settings, SilentTable, Status, Update, run,
-};
-use observer::facts::{Backend, BackendChange, BackendStep, Blindness, BootNs};
-use tokio::sync::mpsc::{self, Receiver, Sender};
+use observer::dataplane::{Dataplane, Family, Update};
+use observer::facts::{Blindness, BootNs};
 
-use super::namespace::{captured, expected, feed, in_namespace, nft, shown};
+use super::following::{ROOMY_BYTES, Running, in_runtime, run_in_runtime};
+use super::namespace::{captured, expected, feed, in_namespace, nft};
 
-/// Nothing here takes longer; it ends a wait that would never end.
-const PATIENCE: Duration = Duration::from_secs(20);
-const LEGACY: SilentTable = SilentTable::Legacy(Family::V4);
 const API: &[&str] = &["default/kubernetes:https Tcp 10.99.0.1 6443"];
-
-/// A follower that runs in this namespace.
-struct Running {
-    updates: Receiver<Update>,
-    commits: Sender<CommitSignal>,
-    counters: Arc<Counters>,
-    markers: u8,
-    status: Status,
-}
-
-/// What was reported between two moments.
-#[derive(Debug, Default)]
-struct Reported {
-    added: Vec<BackendChange>,
-    removed: Vec<BackendChange>,
-    blind: Vec<Blindness>,
-}
-
-impl Reported {
-    fn added(&self) -> BTreeSet<String> {
-        shown(self.added.iter().map(|change| &change.backend))
-    }
-
-    fn removed(&self) -> BTreeSet<String> {
-        shown(self.removed.iter().map(|change| &change.backend))
-    }
-
-    fn take(&mut self, update: Update) {
-        match update {
-            Update::Change(change) => match change.step {
-                BackendStep::Added => self.added.push(change),
-                BackendStep::Removed => self.removed.push(change),
-                BackendStep::Draining => panic!("rules do not drain: {change:?}"),
-            },
-            Update::Blind(blind) => self.blind.push(blind),
-            Update::Present { .. } | Update::Status(_) => {}
-        }
-    }
-}
-
-impl Running {
-    /// Starts it; gives what was present.
-    async fn start(receive_buffer_bytes: usize) -> (Self, BTreeSet<String>) {
-        let counters = Arc::new(Counters::default());
-        let settings =
-            Settings { receive_buffer_bytes, counters: counters.clone(), ..Settings::default() };
-        let (commits, signals) = mpsc::channel(16);
-        let (sender, updates) = mpsc::channel(1024);
-        tokio::spawn(async move {
-            run(settings, signals, sender).await.expect("follow the rules");
-        });
-        let status = Status::default();
-        let mut running = Self { updates, commits, counters, markers: 0, status };
-        let Update::Present { backends, .. } = running.next().await else {
-            panic!("what is present comes first")
-        };
-        (running, shown(&backends))
-    }
-
-    async fn next(&mut self) -> Update {
-        let update = tokio::time::timeout(PATIENCE, self.updates.recv()).await;
-        let update = update.expect("an update in time").expect("it still runs");
-        if let Update::Status(status) = &update {
-            self.status = status.clone();
-        }
-        update
-    }
-
-    /// Everything reported up to now: a table of our own adds a backend that marks the end.
-    async fn reported(&mut self) -> Reported {
-        self.markers += 1;
-        let marker = format!("192.0.2.{}", self.markers);
-        nft(&format!(
-            "add table ip marker; delete table ip marker; add table ip marker
-            add chain ip marker c {{ type nat hook prerouting priority 0; }}
-            add rule ip marker c meta l4proto tcp dnat to {marker}:1"
-        ));
-        let is_marker = |backend: &Backend| backend.address.to_string().starts_with("192.0.2.");
-        let mut reported = Reported::default();
-        loop {
-            match self.next().await {
-                Update::Change(change) if change.backend.address.to_string() == marker => {
-                    return reported;
-                }
-                Update::Change(change) if is_marker(&change.backend) => {}
-                update => reported.take(update),
-            }
-        }
-    }
-
-    /// Waits for updates until one satisfies `last`.
-    async fn until(&mut self, last: impl Fn(&Update) -> bool) -> Reported {
-        let mut reported = Reported::default();
-        loop {
-            let update = self.next().await;
-            let end = last(&update);
-            reported.take(update);
-            if end {
-                return reported;
-            }
-        }
-    }
-}
-
-/// The follower has a thread of its own.
-fn in_runtime<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
-    in_namespace(move || run_in_runtime(test));
-}
 
 /// As [`in_runtime`], with the tools and all threads on one processor: most of what a tool commits at
 /// once is then not read meanwhile, however many processors there are.
@@ -144,12 +30,6 @@ fn in_crowded_runtime<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 
     });
 }
 
-fn run_in_runtime<F: Future<Output = ()>>(test: impl FnOnce() -> F) {
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    let runtime = runtime.worker_threads(1).enable_all().build().expect("build a runtime");
-    runtime.block_on(test());
-}
-
 fn nftables(state: &str) -> String {
     captured(&format!("nftables-1.36/{state}.nft"))
 }
@@ -158,7 +38,7 @@ fn nftables(state: &str) -> String {
 fn each_commit_gives_its_changes_and_no_others() {
     in_runtime(async || {
         nft(&nftables("0-before"));
-        let (mut running, present) = Running::start(16 << 20).await;
+        let (mut running, present) = Running::start(ROOMY_BYTES).await;
         assert_eq!(present, expected(&[18, 19, 20], API), "present, not added");
 
         let from = clock::now();
@@ -193,7 +73,7 @@ fn each_commit_gives_its_changes_and_no_others() {
 fn small_commits_as_kube_proxy_makes_them_are_followed() {
     in_runtime(async || {
         nft(&nftables("0-before"));
-        let (mut running, _) = Running::start(16 << 20).await;
+        let (mut running, _) = Running::start(ROOMY_BYTES).await;
         // What kube-proxy writes when 10.244.0.20 leaves one Service.
         nft("add chain ip kube-proxy service-SUSTUHLJ-default/web/tcp/http
             flush chain ip kube-proxy service-SUSTUHLJ-default/web/tcp/http
@@ -257,18 +137,12 @@ fn legacy(state: &str) {
 fn legacy_commits_are_read_when_they_are_signalled() {
     in_runtime(async || {
         legacy("0-before");
-        let (mut running, present) = Running::start(16 << 20).await;
+        let (mut running, present) = Running::start(ROOMY_BYTES).await;
         assert_eq!(present, expected(&[26, 27, 28], API));
         legacy("1-terminating");
         let at = clock::now();
-        let commit = CommitSignal::Commit(Commit::new(at, LEGACY));
-        running.commits.send(commit).await.expect("sent");
-        let changes = expected(&[27], &[]).len() + expected(&[29], &[]).len();
-        let mut reported = Reported::default();
-        while reported.added.len() + reported.removed.len() < changes {
-            let update = running.next().await;
-            reported.take(update);
-        }
+        running.legacy_committed(at, Family::V4).await;
+        let reported = running.until_backends(&expected(&[26, 28, 29], API)).await;
         assert_eq!(reported.removed(), expected(&[27], &[]));
         assert_eq!(reported.added(), expected(&[29], &[]));
         assert!(reported.removed.iter().all(|change| change.at == at));
@@ -277,12 +151,11 @@ fn legacy_commits_are_read_when_they_are_signalled() {
         let from = clock::now();
         legacy("5-all-unready");
         let until = clock::now();
-        running.commits.send(CommitSignal::Missed { from, until }).await.expect("sent");
-        let last =
-            |update: &Update| matches!(update, Update::Status(status) if status.backends == 1);
-        let reported = running.until(last).await;
+        running.legacy_missed(from, until).await;
+        let reported = running.until_backends(&expected(&[], API)).await;
         assert_eq!(reported.removed(), expected(&[26, 28, 29], &[]));
-        assert_eq!(reported.blind.len(), 1);
+        assert_eq!(reported.blind.len(), 2, "each IP version's table");
+        assert!(reported.blind.iter().all(|blind| blind.from == from));
         assert!(reported.removed.iter().all(|change| change.at.minus(change.uncertainty) == from));
     });
 }
@@ -291,13 +164,12 @@ fn legacy_commits_are_read_when_they_are_signalled() {
 fn two_legacy_commits_before_one_read_share_their_span() {
     in_runtime(async || {
         legacy("0-before");
-        let (mut running, _) = Running::start(16 << 20).await;
+        let (mut running, _) = Running::start(ROOMY_BYTES).await;
         legacy("6-none");
         let last = clock::now();
         let first = BootNs(last.0 - 5_000_000);
         for at in [first, last] {
-            let signal = CommitSignal::Commit(Commit::new(at, LEGACY));
-            running.commits.send(signal).await.expect("sent");
+            running.legacy_committed(at, Family::V4).await;
         }
         let done =
             |update: &Update| matches!(update, Update::Status(status) if status.backends == 1);
@@ -337,13 +209,13 @@ fn a_failed_legacy_read_is_tried_again_without_another_commit() {
         runtime.enable_all().thread_keep_alive(Duration::from_millis(1));
         runtime.build().expect("build a runtime").block_on(async {
             legacy("0-before");
-            let (mut running, _) = Running::start(16 << 20).await;
+            let (mut running, _) = Running::start(ROOMY_BYTES).await;
             let from = clock::now();
             legacy("6-none");
             let until = clock::now();
             tokio::time::sleep(Duration::from_millis(50)).await;
             allow_net_admin(false);
-            running.commits.send(CommitSignal::Missed { from, until }).await.expect("sent");
+            running.legacy_missed(from, until).await;
             let blind = |update: &Update| matches!(update, Update::Blind(_));
             for _ in 0..3 {
                 let reported = running.until(blind).await;

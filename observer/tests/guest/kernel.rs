@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, TcpStream};
 use std::path::PathBuf;
 
 use observer::facts::Outcome;
-use observer::kernel::probes::{LEGACY_COMMIT, Probe};
+use observer::kernel::probes::{LEGACY_COMMIT, NFT_COMMIT, Probe};
 use observer::kernel::{self, Started};
 
 use super::machine::{require_guest, run, runtime};
@@ -21,7 +21,9 @@ fn every_signal_attaches_that_the_kernel_has() {
     require_guest();
     runtime().block_on(async {
         let mut kernel = start();
-        kernel.probes.watch(&LEGACY_COMMIT, true).expect("attach");
+        for signal in [&LEGACY_COMMIT, &NFT_COMMIT] {
+            kernel.probes.watch(signal, true).expect("attach");
+        }
         let release = run("uname -r", "");
         // There the tracepoint tells nothing without a socket: `packet_dropped` does.
         let lacking: &[&str] = if release.starts_with("6.1.") { &["reset_sent"] } else { &[] };

@@ -1,16 +1,21 @@
 //! The rules of kube-proxy's nftables mode under a kernel where `nf_tables` is a module.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use observer::dataplane::{self, Dataplane, Settings, Update};
-use observer::facts::BackendStep;
+use observer::clock;
+use observer::dataplane::{self, Dataplane, Settings, StampsOf, Update};
+use observer::facts::{BackendChange, BackendStep};
+use observer::kernel;
+use observer::kernel::probes::NFT_COMMIT;
 use tokio::sync::mpsc::{Receiver, channel};
 
 use super::machine::{in_namespace, require_guest, run, runtime};
 
 /// Far more than an emulated guest needs; it ends a wait that would never end.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What the follower said, put together.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -32,7 +37,7 @@ impl Seen {
                     match change.step {
                         BackendStep::Added => self.backends.insert(backend),
                         BackendStep::Removed => self.backends.remove(&backend),
-                        BackendStep::Draining => panic!("nothing drains here: {backend}"),
+                        BackendStep::Draining => panic!("rules do not drain: {change:?}"),
                     };
                 }
                 Update::Status(status) => self.in_use = status.in_use,
@@ -98,4 +103,57 @@ async fn follow() {
     run("nft delete table ip kube-proxy", "");
     seen.until(&mut updates, &nftables(&[])).await;
     following.abort();
+}
+
+#[test]
+#[ignore = "runs in a guest: cargo xtask guest"]
+fn a_kprobe_bounds_each_commit_from_below() {
+    require_guest();
+    in_namespace(|| runtime().block_on(stamped()));
+}
+
+async fn stamped() {
+    const COMMITS: usize = 20;
+    let mut kernel =
+        kernel::start(PathBuf::from("/sys/fs/cgroup")).expect("the kernel side starts");
+    let (stamps, told) = (kernel.commits, Arc::new(Mutex::new(None)));
+    let tell = told.clone();
+    let stamps_of = move |task| {
+        *tell.lock().expect("no panic") = stamps.of(task);
+        stamps.of(task)
+    };
+    let settings =
+        Settings { commit_stamps: Some(StampsOf(Arc::new(stamps_of))), ..Settings::default() };
+    let (_signals, signals) = channel(1);
+    let (sender, mut updates) = channel(1024);
+    let following = tokio::spawn(dataplane::run(settings, signals, sender));
+    assert!(matches!(updates.recv().await, Some(Update::Present { .. })));
+    kernel.probes.watch(&NFT_COMMIT, true).expect("attach");
+
+    for index in 0..COMMITS {
+        let pod = format!("10.244.0.{index}");
+        let before = clock::now();
+        run("nft -f -", &table(&[&pod]));
+        let change = added(&mut updates, &pod).await;
+        let stamps = told.lock().expect("no panic").expect("the kernel stamped the commit");
+        let begun = stamps.latest;
+        assert!(before < begun && begun < change.at, "{before:?} {begun:?} {change:?}");
+        assert_eq!(change.uncertainty, change.at.since(begun));
+    }
+    following.abort();
+}
+
+async fn added(updates: &mut Receiver<Update>, pod: &str) -> BackendChange {
+    loop {
+        let update = tokio::time::timeout(PATIENCE, updates.recv()).await;
+        match update.expect("an update in time").expect("it still runs") {
+            Update::Change(change)
+                if change.step == BackendStep::Added
+                    && change.backend.address.to_string() == pod =>
+            {
+                return change;
+            }
+            _ => {}
+        }
+    }
 }

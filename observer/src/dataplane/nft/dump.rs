@@ -72,18 +72,26 @@ impl Dumper {
     pub fn dump(mut self, counters: &Counters) -> Result<Follow, Fault> {
         let before = self.generation(counters)?;
         let mut messages: Vec<(TableId, Change)> = Vec::new();
-        let mut maps: Vec<(TableId, Name)> = Vec::new();
-        for kind in [kind::GET_TABLE, kind::GET_CHAIN, kind::GET_SET, kind::GET_RULE] {
+        // Rules are asked for chain by chain: asked for all, the kernel walks from the first one again
+        // for each datagram, which takes time with the square of the rules.
+        let mut contents: Vec<(u8, (TableId, Name))> = Vec::new();
+        for kind in [kind::GET_TABLE, kind::GET_CHAIN, kind::GET_SET] {
             self.ask(kind, ALL, None, counters, |message| {
                 let Message::In(table, change) = message else { return };
-                if let Change::NewMap { map, .. } = &change {
-                    maps.push((table.clone(), map.clone()));
+                match &change {
+                    Change::NewChain { chain, .. } => {
+                        contents.push((kind::GET_RULE, (table.clone(), chain.clone())));
+                    }
+                    Change::NewMap { map, .. } => {
+                        contents.push((kind::GET_ELEMENTS, (table.clone(), map.clone())));
+                    }
+                    _ => {}
                 }
                 messages.push((table, change));
             })?;
         }
-        for map in &maps {
-            self.ask(kind::GET_ELEMENTS, ALL, Some(map), counters, |message| {
+        for (kind, of) in &contents {
+            self.ask(*kind, ALL, Some(of), counters, |message| {
                 if let Message::In(table, change) = message {
                     messages.push((table, change));
                 }
@@ -109,12 +117,12 @@ impl Dumper {
         &mut self,
         kind: u8,
         flags: u16,
-        map: Option<&(TableId, Name)>,
+        of: Option<&(TableId, Name)>,
         counters: &Counters,
         mut take: impl FnMut(Message),
     ) -> Result<(), Fault> {
         self.sequence = self.sequence.wrapping_add(1);
-        let request = request(kind, flags, self.sequence, map);
+        let request = request(kind, flags, self.sequence, of);
         send(self.socket.as_raw_fd(), &request, MsgFlags::empty())
             .context("ask the kernel for its nf_tables rules")?;
         loop {
@@ -210,12 +218,13 @@ fn fault(frame: &Frame<'_>) -> Result<(), Fault> {
     }
 }
 
-/// A request: `nlmsghdr`, `nfgenmsg`, and for elements `NFTA_SET_ELEM_LIST_TABLE` and `_SET`.
-fn request(kind: u8, flags: u16, sequence: u32, map: Option<&(TableId, Name)>) -> Vec<u8> {
-    let mut body = vec![map.map_or(0, |(table, _)| TableFamily::number(table.family)), 0, 0, 0];
-    if let Some((table, map)) = map {
+/// A request: `nlmsghdr`, `nfgenmsg`, and what it is about: `NFTA_SET_ELEM_LIST_TABLE` and `_SET`, or
+/// `NFTA_RULE_TABLE` and `_CHAIN`, which have the same numbers.
+fn request(kind: u8, flags: u16, sequence: u32, of: Option<&(TableId, Name)>) -> Vec<u8> {
+    let mut body = vec![of.map_or(0, |(table, _)| TableFamily::number(table.family)), 0, 0, 0];
+    if let Some((table, name)) = of {
         put_name(&mut body, 1, &table.name);
-        put_name(&mut body, 2, map);
+        put_name(&mut body, 2, name);
     }
     let length = u32::try_from(body.len() + 16).unwrap_or(u32::MAX);
     let mut message = length.to_ne_bytes().to_vec();

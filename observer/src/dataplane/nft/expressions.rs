@@ -105,6 +105,8 @@ pub(super) fn reduce(
         let [_, kind, data] = fields::<3>(expression?.1)?;
         reader.read(name(kind)?, data.unwrap_or_default())?;
     }
+    // There may be 100,000 rules with one effect each.
+    reader.rule.effects.shrink_to_fit();
     Ok((reader.rule, reader.unknown))
 }
 

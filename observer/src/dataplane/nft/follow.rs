@@ -44,6 +44,15 @@ pub struct Heard {
     pub task: Option<u32>,
 }
 
+/// When a thread began its latest commits, by a hook in the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CommitStamps {
+    /// The latest.
+    pub latest: BootNs,
+    /// The one before, if it is known to have made one.
+    pub before: Option<BootNs>,
+}
+
 /// What a message led to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -125,19 +134,28 @@ impl Follow {
 }
 
 impl Heard {
-    /// It took effect within `[at - uncertainty, at]`. `begun` is when the kernel began to commit
-    /// on behalf of the same thread, the latest time it did.
+    /// It took effect within `[at - uncertainty, at]`. `stamps` are of the thread that made it, as
+    /// they are after it.
+    ///
+    /// Of one thread's commits each begins when the one before has been heard. So the latest that
+    /// began before this one's arrival is this one; one that began after may be a later one.
     #[must_use]
-    pub fn uncertainty(&self, begun: Option<BootNs>) -> Duration {
-        if let Some(begun) = begun.filter(|begun| *begun <= self.earliest) {
-            // A later commit of this thread would have begun after this one was heard.
-            return self.at.since(begun);
-        }
+    pub fn uncertainty(&self, stamps: Option<CommitStamps>) -> Duration {
         // The walk over the transaction that precedes the first message is about as long as the
         // one that sends them.
         let sending = self.last.since(self.at);
         let reading = self.at.since(self.earliest);
-        DELIVERY + sending + reading
+        let usual = DELIVERY + sending + reading;
+        match stamps {
+            Some(CommitStamps { latest, before: None }) if latest <= self.at => {
+                self.at.since(latest)
+            }
+            Some(CommitStamps { latest, .. }) if latest <= self.earliest => self.at.since(latest),
+            Some(CommitStamps { before: Some(before), .. }) if before <= self.earliest => {
+                usual.min(self.at.since(before))
+            }
+            _ => usual,
+        }
     }
 }
 
@@ -183,11 +201,21 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_own_stamp_bounds_a_commit_unless_it_is_a_later_ones() {
+    fn the_kernels_own_stamp_bounds_a_commit_unless_it_may_be_a_later_ones() {
         let heard = Heard { earliest: T[1], at: T[2], last: T[3], task: None };
-        assert_eq!(heard.uncertainty(Some(T[0])), Duration::from_micros(2));
-        assert_eq!(heard.uncertainty(Some(T[1])), Duration::from_micros(1));
-        assert_eq!(heard.uncertainty(Some(T[2])), heard.uncertainty(None));
+        let bound = |latest, before| heard.uncertainty(Some(CommitStamps { latest, before }));
+        let usual = heard.uncertainty(None);
+        assert_eq!(bound(T[0], None), Duration::from_micros(2));
+        assert_eq!(bound(T[1], Some(T[0])), Duration::from_micros(1));
+        // Its only commit, or perhaps the second.
+        assert_eq!(bound(T[2], None), Duration::ZERO);
+        assert_eq!(bound(T[2], Some(T[0])), Duration::from_micros(2));
+        // Its own stamp was overwritten, by one or two later ones.
+        assert_eq!(bound(T[3], Some(T[1])), Duration::from_micros(1));
+        assert_eq!(bound(T[3], Some(T[2])), usual);
+        assert_eq!(bound(T[3], None), usual);
+        // The thread's id was another's, long ago.
+        assert_eq!(bound(T[2], Some(BootNs(0))), usual.min(Duration::from_micros(3)));
     }
 
     #[test]

@@ -116,20 +116,24 @@ fn listen(socket: &OwnedFd, arrivals: &mpsc::Sender<io::Result<Arrival>>) {
     let mut buffer = buffer();
     let (mut complete_until, mut earliest) = (clock::now(), clock::now());
     while !arrivals.is_closed() {
+        let mut woken = None;
         let datagram = match receive(socket, &mut buffer, MsgFlags::MSG_DONTWAIT) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 complete_until = clock::now();
                 let waited_before = waited_for_processor();
                 let datagram = receive(socket, &mut buffer, MsgFlags::empty());
+                // Before the waits are asked for: one between the two then counts too much, which
+                // only widens the span, and not too little.
+                let now = *woken.insert(clock::now());
                 let late = waited_before
                     .zip(waited_for_processor())
                     .map(|(before, after)| after.saturating_sub(before));
-                earliest = late.map_or(complete_until, |late| clock::now().minus(late));
+                earliest = late.map_or(complete_until, |late| now.minus(late));
                 datagram
             }
             datagram => datagram,
         };
-        let read_at = clock::now();
+        let read_at = woken.unwrap_or_else(clock::now);
         let datagram = match datagram {
             Ok(datagram) => Ok(Some(datagram.to_vec())),
             Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {
