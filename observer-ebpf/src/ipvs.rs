@@ -15,8 +15,9 @@ use crate::{
 };
 
 /// Offsets in `struct ip_vs_dest_user_kern` (include/net/ip_vs.h), which has been the same since
-/// Linux 4.18 at least and is in no BTF of the kernel proper. Were it another, a wrong destination
-/// would be told, which no backend is: the daemon then takes the call for one that may change any.
+/// Linux 5.10 at least (to 7.2) and is in no BTF of the kernel proper. Were it another, a wrong
+/// destination would be told, which no backend is: the daemon then only knows less exactly when a
+/// backend changed.
 const ADDRESS: u32 = 0;
 const PORT: u32 = 16;
 const FAMILY: u32 = 36;

@@ -72,25 +72,32 @@ pub(super) struct Commits {
     all: Vec<Commit>,
     /// How long a call may take that was not measured.
     call: Duration,
+    /// When the reading was over.
+    read_until: BootNs,
 }
 
 impl Commits {
-    pub(super) fn new(all: Vec<Commit>, call: Duration) -> Self {
-        Self { all, call }
+    pub(super) fn new(all: Vec<Commit>, call: Duration, read_until: BootNs) -> Self {
+        Self { all, call, read_until }
     }
 
-    /// When `backend` changed: within the returned time before the returned moment. All commits
-    /// count when none of them can have done it, for then a hook told something wrong.
+    /// When `backend` changed: within the returned time before the returned moment. What none of
+    /// these commits can have done, one did whose event is late: any time up to the reading's end.
     pub(super) fn when(&self, backend: &Backend) -> (BootNs, Duration) {
         let own = self.all.iter().filter(|commit| commit.may_change(backend));
-        self.span(own).or_else(|| self.span(self.all.iter())).unwrap_or_default()
+        let (from, until) = self.span(own).unwrap_or_else(|| {
+            let (first, _) = self.span(self.all.iter()).unwrap_or_default();
+            (first, self.read_until)
+        });
+        (until, until.since(from))
     }
 
-    fn span<'a>(&self, commits: impl Iterator<Item = &'a Commit>) -> Option<(BootNs, Duration)> {
-        let spans =
-            commits.map(|commit| (commit.at.minus(commit.call.unwrap_or(self.call)), commit.at));
-        let (from, until) = spans.reduce(|one, other| (one.0.min(other.0), one.1.max(other.1)))?;
-        Some((until, until.since(from)))
+    /// When the first of some calls began, and when the last of them ended.
+    fn span<'a>(&self, commits: impl Iterator<Item = &'a Commit>) -> Option<(BootNs, BootNs)> {
+        let begun = |commit: &Commit| commit.at.minus(commit.call.unwrap_or(self.call));
+        commits
+            .map(|commit| (begun(commit), commit.at))
+            .reduce(|one, other| (one.0.min(other.0), one.1.max(other.1)))
     }
 }
 
@@ -100,6 +107,7 @@ mod tests {
     use crate::facts::Protocol;
 
     const BOUND: Duration = Duration::from_nanos(50);
+    const READ: BootNs = BootNs(9_000);
 
     fn backend(address: &str) -> Backend {
         let address: SocketAddr = address.parse().expect("an address");
@@ -116,7 +124,7 @@ mod tests {
     }
 
     fn when(commits: &[Commit], address: &str) -> (u64, u128) {
-        let (at, uncertainty) = Commits::new(commits.to_vec(), BOUND).when(&backend(address));
+        let (at, uncertainty) = Commits::new(commits.to_vec(), BOUND, READ).when(&backend(address));
         (at.0, uncertainty.as_nanos())
     }
 
@@ -145,9 +153,9 @@ mod tests {
     }
 
     #[test]
-    fn what_no_call_can_have_changed_happened_in_any_of_them() {
+    fn what_no_call_can_have_changed_happened_before_the_reading_ended() {
         let commits = [call(1_000, 10, "10.0.0.1:80"), call(3_000, 700, "10.0.0.1:80")];
-        assert_eq!(when(&commits, "10.0.0.2:80"), (3_000, 2_010));
+        assert_eq!(when(&commits, "10.0.0.2:80"), (9_000, 8_010));
     }
 
     #[test]

@@ -213,7 +213,7 @@ impl Follower {
         let (reading, read_at) = self.read_between_commits(table, ahead, signals).await;
         let shown = commits_shown(ahead, commit, read_at);
         if let Some(reading) = reading {
-            let commits = Commits::new(shown, reading.call);
+            let commits = Commits::new(shown, reading.call, clock::now());
             self.replace(table, reading, |backend| commits.when(backend)).await;
         } else {
             let begun = shown.iter().map(Commit::begun).min();

@@ -2,7 +2,9 @@
 //! with the kernel's hook and without.
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use observer::clock;
@@ -202,7 +204,8 @@ fn each_change_is_told_with_the_span_of_its_own_call() {
                 -A -t [fd00:10:96::50]:80 -s rr\n\
                 -a -t [fd00:10:96::50]:80 -r [fd00:10:244::12]:8080 -m -w 1\n";
             let added = [("Tcp fd00:10:244::12 8080", Added), ("Udp 10.244.0.2 53", Added)];
-            running.expect(others, &added).await;
+            let changes = running.expect(others, &added).await;
+            assert_ne!(changes[0].at, changes[1].at, "two calls");
             let gone = "-D -t [fd00:10:96::50]:80\n-d -u 10.96.0.10:53 -r 10.244.0.2:53\n";
             let removed = [("Tcp fd00:10:244::12 8080", Removed), ("Udp 10.244.0.2 53", Removed)];
             running.expect(gone, &removed).await;
@@ -240,6 +243,52 @@ fn changes_of_one_burst_are_told_apart() {
             let largest = changes.iter().map(|change| change.uncertainty).max();
             println!("60 edits in {span:?}, each known to {largest:?} at most");
             drop(running.probes);
+        });
+    });
+}
+
+/// Unloads a module, which what used it may still hold for a moment.
+fn unload(module: &str) {
+    let until = clock::now().plus(PATIENCE);
+    while !Command::new("rmmod").arg(module).status().expect("busybox").success() {
+        assert!(clock::now() < until, "{module} stays");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+#[ignore = "runs in a guest: cargo xtask guest"]
+fn the_hook_ends_with_the_module_and_is_attached_anew() {
+    const MODULES: [&str; 4] = ["ip_vs", "ip_vs_rr", "ip_vs_sh", "ip_vs_wrr"];
+    require_guest();
+    in_namespace(|| {
+        runtime().block_on(async {
+            restore(SERVICE);
+            let (signals, mut commits) = channel(1024);
+            let mut probes = forward(signals);
+            restore("-e -t 10.96.0.80:80 -r 10.244.0.18:8080 -m -w 0\n-C\n");
+            let last = clock::now();
+            for module in MODULES.iter().rev() {
+                unload(module);
+            }
+            assert!(!ipvs_in_use(), "the agent detaches the hook when it sees this");
+            probes.watch(&IPVS_COMMIT, false).expect("detach");
+            for module in MODULES {
+                run(&format!("insmod /modules/{module}.ko"), "");
+            }
+            restore(SERVICE);
+            assert!(ipvs_in_use(), "the agent attaches the hook when it sees this");
+            probes.watch(&IPVS_COMMIT, true).expect("attach");
+            restore("-e -t 10.96.0.80:80 -r 10.244.0.19:8080 -m -w 0\n");
+            loop {
+                let signal = tokio::time::timeout(PATIENCE, commits.recv()).await;
+                let Ok(Some(CommitSignal::Commit(commit))) = signal else { panic!("{signal:?}") };
+                if commit.at > last {
+                    assert_eq!(commit.destination, "10.244.0.19:8080".parse().ok());
+                    assert!(commit.call.is_some());
+                    break;
+                }
+            }
         });
     });
 }
