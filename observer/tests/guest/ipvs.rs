@@ -12,8 +12,9 @@ use observer::dataplane::{
     self, Commit, CommitSignal, Counters, SilentTable, Update, ipvs, ipvs_in_use,
 };
 use observer::facts::{Backend, BackendChange, BackendStep, BootNs};
+use observer::kernel::addresses::Addresses;
 use observer::kernel::probes::IPVS_COMMIT;
-use observer::kernel::{self, Probes};
+use observer::kernel::{self, Probes, Started};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use super::machine::{in_namespace, require_guest, run, runtime};
@@ -57,7 +58,7 @@ fn shown(backend: &Backend) -> String {
 
 /// What runs and what it says.
 struct Running {
-    probes: Option<Probes>,
+    hooked: Option<Hooked>,
     signals: Sender<CommitSignal>,
     updates: Receiver<Update>,
     counters: Arc<Counters>,
@@ -68,7 +69,7 @@ impl Running {
     /// Follows this namespace; `hooked` by the kernel's hook.
     async fn start(hooked: bool) -> Self {
         let (signals, commits) = channel(1024);
-        let probes = if hooked { Some(forward(signals.clone())) } else { None };
+        let hooked = if hooked { Some(Hooked::start(signals.clone())) } else { None };
         let settings = dataplane::Settings::default();
         let counters = settings.counters.clone();
         let (sender, mut updates) = channel(1024);
@@ -76,7 +77,7 @@ impl Running {
         let first = updates.recv().await;
         let Some(Update::Present { backends, .. }) = first else { panic!("first came {first:?}") };
         let present = backends.iter().map(shown).collect();
-        Self { probes, signals, updates, counters, present }
+        Self { hooked, signals, updates, counters, present }
     }
 
     /// The next `count` changes, by backend; anything blind fails.
@@ -122,24 +123,37 @@ impl Running {
     }
 }
 
-/// Attaches the hook and has what it tells passed on.
-fn forward(signals: Sender<CommitSignal>) -> Probes {
-    let mut kernel =
-        kernel::start(PathBuf::from("/sys/fs/cgroup")).expect("the kernel side starts");
-    kernel.probes.watch(&IPVS_COMMIT, true).expect("attach");
-    let state = kernel.probes.states().iter().find(|state| state.signal == IPVS_COMMIT.name);
-    let state = state.expect("it was asked for");
-    assert_eq!((state.method, &state.problem), (Some("kprobe"), &None));
-    let (sender, mut events) = channel(1024);
-    tokio::spawn(kernel.events.run(sender));
-    tokio::spawn(async move {
-        while let Some(event) = events.recv().await {
-            for commit in Commit::told_by(&event) {
-                signals.send(CommitSignal::Commit(commit)).await.expect("it still runs");
+/// The kernel side: its programs, and the maps without which they cannot be loaded again.
+struct Hooked {
+    probes: Probes,
+    _maps: (kernel::counters::Counters, Addresses),
+}
+
+impl Hooked {
+    /// Attaches the hook and has what it tells passed on.
+    fn start(signals: Sender<CommitSignal>) -> Self {
+        let started = kernel::start(PathBuf::from("/sys/fs/cgroup"));
+        let Started { probes, events, counters, addresses, .. } = started.expect("the kernel side");
+        let (sender, mut told) = channel(1024);
+        tokio::spawn(events.run(sender));
+        tokio::spawn(async move {
+            while let Some(event) = told.recv().await {
+                for commit in Commit::told_by(&event) {
+                    signals.send(CommitSignal::Commit(commit)).await.expect("it still runs");
+                }
             }
-        }
-    });
-    kernel.probes
+        });
+        let mut hooked = Self { probes, _maps: (counters, addresses) };
+        hooked.attach();
+        hooked
+    }
+
+    fn attach(&mut self) {
+        self.probes.watch(&IPVS_COMMIT, true).expect("attach");
+        let mut states = self.probes.states().iter();
+        let state = states.find(|state| state.signal == IPVS_COMMIT.name).expect("asked for");
+        assert_eq!((state.method, &state.problem), (Some("kprobe"), &None));
+    }
 }
 
 #[test]
@@ -211,7 +225,7 @@ fn each_change_is_told_with_the_span_of_its_own_call() {
             running.expect(gone, &removed).await;
             let all = [("Tcp 10.244.0.19 8080", Removed), ("Tcp 10.244.0.20 8080", Removed)];
             running.expect("-C\n", &all).await;
-            drop(running.probes);
+            drop(running.hooked);
         });
     });
 }
@@ -242,12 +256,13 @@ fn changes_of_one_burst_are_told_apart() {
             let span = changes[59].at.since(changes[0].at);
             let largest = changes.iter().map(|change| change.uncertainty).max();
             println!("60 edits in {span:?}, each known to {largest:?} at most");
-            drop(running.probes);
+            drop(running.hooked);
         });
     });
 }
 
-/// Unloads a module, which what used it may still hold for a moment.
+/// Unloads a module, which what used it may still hold for a moment. Namespaces of earlier tests may
+/// hold it for minutes: the test that unloads is the first by name, and they run in that order.
 fn unload(module: &str) {
     let until = clock::now().plus(PATIENCE);
     while !Command::new("rmmod").arg(module).status().expect("busybox").success() {
@@ -258,34 +273,34 @@ fn unload(module: &str) {
 
 #[test]
 #[ignore = "runs in a guest: cargo xtask guest"]
-fn the_hook_ends_with_the_module_and_is_attached_anew() {
+fn a_hook_that_ended_with_the_module_is_attached_anew() {
     const MODULES: [&str; 4] = ["ip_vs", "ip_vs_rr", "ip_vs_sh", "ip_vs_wrr"];
     require_guest();
     in_namespace(|| {
         runtime().block_on(async {
             restore(SERVICE);
             let (signals, mut commits) = channel(1024);
-            let mut probes = forward(signals);
+            let mut hooked = Hooked::start(signals);
             restore("-e -t 10.96.0.80:80 -r 10.244.0.18:8080 -m -w 0\n-C\n");
             let last = clock::now();
             for module in MODULES.iter().rev() {
                 unload(module);
             }
             assert!(!ipvs_in_use(), "the agent detaches the hook when it sees this");
-            probes.watch(&IPVS_COMMIT, false).expect("detach");
+            hooked.probes.watch(&IPVS_COMMIT, false).expect("detach");
             for module in MODULES {
                 run(&format!("insmod /modules/{module}.ko"), "");
             }
             restore(SERVICE);
             assert!(ipvs_in_use(), "the agent attaches the hook when it sees this");
-            probes.watch(&IPVS_COMMIT, true).expect("attach");
+            hooked.attach();
             restore("-e -t 10.96.0.80:80 -r 10.244.0.19:8080 -m -w 0\n");
+            let destination = "10.244.0.19:8080".parse().ok();
             loop {
                 let signal = tokio::time::timeout(PATIENCE, commits.recv()).await;
                 let Ok(Some(CommitSignal::Commit(commit))) = signal else { panic!("{signal:?}") };
-                if commit.at > last {
-                    assert_eq!(commit.destination, "10.244.0.19:8080".parse().ok());
-                    assert!(commit.call.is_some());
+                // To unload the module empties the table, which is told too.
+                if commit.at > last && commit.destination == destination {
                     break;
                 }
             }
@@ -310,7 +325,7 @@ fn without_a_change_nothing_is_read() {
             running.changes(1).await;
             let more = running.counters.table_reads.get() - reads;
             assert!((1..=2).contains(&more), "{more} readings after two commits");
-            drop(running.probes);
+            drop(running.hooked);
         });
     });
 }
