@@ -43,11 +43,15 @@ pub mod signal {
     pub const OOM_KILLED: u32 = 13;
     /// The legacy iptables table `nat` was replaced. `code` is the protocol family, 4 or 6.
     pub const LEGACY_COMMIT: u32 = 14;
+    /// A call that changes the table of IPVS returned. `code` is how long it took, in ns, at most
+    /// [`u32::MAX`], or 0 when that is not known; the local end is the only destination that it can
+    /// have changed, zero when it may be any.
+    pub const IPVS_COMMIT: u32 = 15;
     /// Elements of a map in `WATCHED_MAPS` were changed by a `bpf(2)` call. Counted each time; sent
     /// for the first of each map in [`super::MAP_COMMIT_WINDOW_NS`]. `code` is the map's id.
-    pub const MAP_COMMIT: u32 = 15;
+    pub const MAP_COMMIT: u32 = 16;
     /// How many signals there are.
-    pub const COUNT: u32 = 16;
+    pub const COUNT: u32 = 17;
 }
 
 /// After a [`signal::MAP_COMMIT`] of a map is sent, none is sent for this long, in ns: what changes

@@ -11,6 +11,7 @@
 
 mod bpf_call;
 mod commit;
+mod ipvs;
 mod layout;
 mod maps;
 mod memory;
@@ -20,8 +21,8 @@ mod socket;
 mod task;
 
 use aya_ebpf::{
-    macros::{btf_tracepoint, kprobe},
-    programs::{BtfTracePointContext, ProbeContext},
+    macros::{btf_tracepoint, kprobe, kretprobe},
+    programs::{BtfTracePointContext, ProbeContext, RetProbeContext},
 };
 use observer_common::signal;
 
@@ -103,6 +104,24 @@ pub fn legacy_commit(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "sys_exit")]
 pub fn map_commit(ctx: BtfTracePointContext) -> i32 {
     bpf_call::returned(&ctx, ctx.arg(1))
+}
+
+/// `ip_vs_{add,edit,del}_dest(svc, udest)`.
+#[kprobe]
+pub fn ipvs_destination_call(ctx: ProbeContext) -> u32 {
+    ipvs::destination_call(ctx.arg(1).unwrap_or(0))
+}
+
+/// `ip_vs_unlink_service(svc, ..)`, `ip_vs_flush(ipvs, ..)` and their like.
+#[kprobe]
+pub fn ipvs_service_call(_ctx: ProbeContext) -> u32 {
+    ipvs::service_call()
+}
+
+/// The return of any of them.
+#[kretprobe]
+pub fn ipvs_commit(ctx: RetProbeContext) -> u32 {
+    ipvs::returned(&ctx)
 }
 
 /// `nf_tables_commit(net, skb)`: new rules take effect from here on.

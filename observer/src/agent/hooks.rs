@@ -14,11 +14,11 @@ use tracing::{info, warn};
 
 use crate::clock;
 use crate::dataplane::{
-    CommitSignal, Dataplane, Family, SilentTable, cilium, legacy_tables_in_use,
+    Commit, CommitSignal, Dataplane, SilentTable, cilium, ipvs_in_use, legacy_tables_in_use,
 };
-use crate::facts::{BootNs, Happening};
+use crate::facts::{BootNs, KernelEvent};
 use crate::kernel::Probes;
-use crate::kernel::probes::{LEGACY_COMMIT, MAP_COMMIT, Signal};
+use crate::kernel::probes::{IPVS_COMMIT, LEGACY_COMMIT, MAP_COMMIT, Signal};
 use crate::kernel::watched::WatchedMaps;
 use crate::metrics::Metrics;
 
@@ -26,7 +26,10 @@ use crate::metrics::Metrics;
 /// Far below the whole seconds of a preStop sleep.
 pub(super) const LOOK: Duration = Duration::from_millis(100);
 
-const LEGACY: &[SilentTable] = &[SilentTable::Legacy(Family::V4), SilentTable::Legacy(Family::V6)];
+/// Its hook ends with the module, and is attached anew when [`CommitHooks::tick`] saw the module
+/// gone. What is unloaded and loaded again between two ticks, with a service, is not followed any
+/// more: no kube-proxy unloads it.
+const IPVS: &[SilentTable] = &[SilentTable::Ipvs];
 
 const CILIUM: &[SilentTable] = &[SilentTable::Cilium];
 
@@ -105,7 +108,8 @@ impl CommitHooks {
         };
         let legacy_in_use: fn(&Maps) -> bool = |_| legacy_tables_in_use();
         let mut hooks = vec![
-            hook(&LEGACY_COMMIT, LEGACY, legacy_in_use),
+            hook(&LEGACY_COMMIT, &SilentTable::LEGACY, legacy_in_use),
+            hook(&IPVS_COMMIT, IPVS, |_| ipvs_in_use()),
             hook(&MAP_COMMIT, CILIUM, |maps| !maps.ids.is_empty()),
         ];
         let is_followed = |table: &SilentTable| only.is_none_or(|only| table.dataplane() == only);
@@ -120,17 +124,10 @@ impl CommitHooks {
 
     /// A kernel event: a commit is passed on. Where that cannot be at once it becomes a missed
     /// span.
-    pub(super) fn committed(&mut self, at: BootNs, happening: Happening) {
-        let tables = match happening {
-            Happening::LegacyCommit { family: 4 } => &LEGACY[..1],
-            Happening::LegacyCommit { family: 6 } => &LEGACY[1..],
-            Happening::LegacyCommit { .. } => LEGACY,
-            Happening::MapCommit { .. } => CILIUM,
-            _ => return,
-        };
-        for table in tables {
-            if self.signals.try_send(CommitSignal::Commit { at, table: *table }).is_err() {
-                self.missed_since(at);
+    pub(super) fn committed(&mut self, event: &KernelEvent) {
+        for commit in Commit::told_by(event) {
+            if self.signals.try_send(CommitSignal::Commit(commit)).is_err() {
+                self.missed_since(event.at);
             }
         }
     }

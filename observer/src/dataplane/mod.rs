@@ -14,8 +14,10 @@
 
 pub mod backends;
 pub mod cilium;
+mod commits;
 pub mod counters;
 mod follower;
+pub mod ipvs;
 pub mod legacy;
 pub(crate) mod names;
 pub mod nft;
@@ -33,7 +35,9 @@ use std::sync::Arc;
 
 use crate::facts::{Backend, BackendChange, Blindness, BootNs};
 
+pub use commits::Commit;
 pub use counters::{Counter, Counters};
+pub use ipvs::ipvs_in_use;
 pub use legacy::legacy_tables_in_use;
 pub use nft::follow::CommitStamps;
 pub use rules::Family;
@@ -86,13 +90,7 @@ impl Default for Settings {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CommitSignal {
     /// A kernel hook saw a commit.
-    Commit {
-        /// When the call that made it returned; it took effect during the call. Where not every
-        /// commit is told (Cilium's maps), others may follow within their window.
-        at: BootNs,
-        /// Which table.
-        table: SilentTable,
-    },
+    Commit(Commit),
     /// Nothing tells of the commits of this table: look whether there was one.
     Look {
         /// When this was asked for; a reading since then will do.

@@ -1,8 +1,9 @@
 //! Tables that do not announce their changes: read whole whenever a kernel hook tells of a commit,
 //! and compared with what they held before.
 //!
-//! Shell of the readers in [`legacy`](super::legacy) and [`cilium`](super::cilium). Each table is
-//! read on a thread of its own; one that cannot be read is unknown, and said to be, until it can.
+//! Shell of the readers in [`legacy`](super::legacy), [`ipvs`](super::ipvs) and
+//! [`cilium`](super::cilium). Each table is read on a thread of its own; one that cannot be read is
+//! unknown, and said to be, until it can.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use tracing::{debug, warn};
 
 use super::reach::{self, Reached};
 use super::rules::Family;
-use super::{Counters, Dataplane, Settings, cilium, legacy};
+use super::{Counters, Dataplane, Settings, cilium, ipvs, legacy};
 use crate::clock;
 use crate::facts::BootNs;
 use crate::kernel::watched::MAP_COMMIT_WINDOW;
@@ -26,6 +27,11 @@ const LEGACY_CALL_PER_BYTE: Duration = Duration::from_nanos(10);
 /// A change of a map took effect during a system call of microseconds, during which its task may
 /// have had to wait for a processor.
 const MAP_CALL: Duration = Duration::from_millis(1);
+/// How long an IPVS call may take whose length the hook could not tell: it has a mutex before the
+/// hook runs and waits for nothing then.
+const IPVS_CALL: Duration = Duration::from_millis(1);
+/// How often a table that changes without notice is read until two readings agree.
+const ATTEMPTS: usize = 5;
 /// The chain that marks a table as kube-proxy's, in iptables mode.
 pub(super) const KUBE_SERVICES: &str = "KUBE-SERVICES";
 
@@ -34,15 +40,20 @@ pub(super) const KUBE_SERVICES: &str = "KUBE-SERVICES";
 pub enum SilentTable {
     /// The legacy nat table of an IP version.
     Legacy(Family),
+    /// All virtual services of IPVS.
+    Ipvs,
     /// Cilium's maps.
     Cilium,
 }
 
 impl SilentTable {
+    /// The legacy nat tables.
+    pub const LEGACY: [Self; 2] = [Self::Legacy(Family::V4), Self::Legacy(Family::V6)];
+
     /// How long after a commit that was told others may follow that are not.
     pub(super) fn window(self) -> Duration {
         match self {
-            Self::Legacy(_) => Duration::ZERO,
+            Self::Legacy(_) | Self::Ipvs => Duration::ZERO,
             Self::Cilium => MAP_COMMIT_WINDOW,
         }
     }
@@ -52,7 +63,16 @@ impl SilentTable {
     pub fn dataplane(self) -> Dataplane {
         match self {
             Self::Legacy(_) => Dataplane::IptablesLegacy,
+            Self::Ipvs => Dataplane::Ipvs,
             Self::Cilium => Dataplane::Cilium,
+        }
+    }
+
+    /// Whether the kernel hands it out in pieces, so that a change may fall between two of them.
+    fn comes_in_pieces(self) -> bool {
+        match self {
+            Self::Legacy(_) => false,
+            Self::Ipvs | Self::Cilium => true,
         }
     }
 }
@@ -72,6 +92,7 @@ pub struct Reading {
 /// Reads one table.
 enum Reader {
     Legacy(legacy::Reader),
+    Ipvs(ipvs::Reader),
     Cilium(cilium::Reader),
 }
 
@@ -87,6 +108,11 @@ impl Reader {
                     in_use: reading.table.chains.contains_key(KUBE_SERVICES),
                     call: LEGACY_CALL + LEGACY_CALL_PER_BYTE * size,
                 })
+            }
+            Self::Ipvs(reader) => {
+                let table = reader.read()?;
+                let in_use = table.services > 0;
+                Ok(Reading { reached: table.reached, in_use, call: IPVS_CALL })
             }
             Self::Cilium(reader) => {
                 let reached = reader.read()?;
@@ -117,6 +143,8 @@ impl SilentTables {
                 readers.insert(SilentTable::Legacy(family), Arc::new(Reader::Legacy(reader)));
             }
         }
+        let ipvs = ipvs::Reader::new(settings.counters.clone());
+        readers.insert(SilentTable::Ipvs, Arc::new(Reader::Ipvs(ipvs)));
         let required = settings.dataplane == Some(Dataplane::Cilium);
         let cilium = cilium::Reader::new(settings.cilium_maps.clone(), required);
         readers.insert(SilentTable::Cilium, Arc::new(Reader::Cilium(cilium)));
@@ -168,6 +196,24 @@ impl SilentTables {
     /// The moment up to which a table was read last.
     pub(super) fn read_at(&self, table: SilentTable) -> Option<BootNs> {
         self.read_at.get(&table).copied()
+    }
+
+    /// As [`Self::read`], of a table whose changes nothing tells of: two readings have to agree when
+    /// one may be torn.
+    pub(super) async fn read_unannounced(&mut self, table: SilentTable) -> Option<Reading> {
+        let mut reading = self.read(table).await?;
+        if !table.comes_in_pieces() {
+            return Some(reading);
+        }
+        for _ in 0..ATTEMPTS {
+            let again = self.read(table).await?;
+            if again.reached == reading.reached {
+                return Some(again);
+            }
+            self.counters.interrupted_reads.increase();
+            reading = again;
+        }
+        None
     }
 
     /// A table as it is now; `None` when it cannot be read, which stays to be said by

@@ -24,6 +24,7 @@ pub const SIGNAL_NAMES: [&str; signal::COUNT as usize] = [
     "process_exited",
     "oom_killed",
     "legacy_commit",
+    "ipvs_commit",
     "map_commit",
 ];
 

@@ -142,6 +142,37 @@ pub const MAP_COMMIT: Signal = Signal {
     methods: &[tp_btf("sys_exit", "map_commit", 2, BPF_CALL)],
 };
 
+const CURRENT_NETNS: &[&str] = &["task_struct.nsproxy", "nsproxy.net_ns", "net.ns.inum"];
+
+const fn destination_call(name: &'static [&'static str]) -> Function {
+    Function { names: name, entry: Some("ipvs_destination_call") }
+}
+
+const fn service_call(names: &'static [&'static str]) -> Function {
+    Function { names, entry: Some("ipvs_service_call") }
+}
+
+/// Every call that changes what IPVS sends new connections to. Attached only while it is in use.
+/// The suffixes are the compiler's.
+pub const IPVS_COMMIT: Signal = Signal {
+    name: "ipvs_commit",
+    essential: false,
+    methods: &[Method {
+        attach: Attach::KProbe(&[
+            destination_call(&["ip_vs_add_dest"]),
+            destination_call(&["ip_vs_edit_dest"]),
+            destination_call(&["ip_vs_del_dest"]),
+            // Renamed in Linux 7.2 or shortly before (not in 6.18).
+            service_call(&["ip_vs_unlink_service", "ip_vs_del_service"]),
+            service_call(&["ip_vs_flush", "ip_vs_flush.isra.0", "ip_vs_flush.constprop.0"]),
+        ]),
+        program: "ipvs_commit",
+        arguments: 0,
+        pointer: None,
+        needs: CURRENT_NETNS,
+    }],
+};
+
 /// The signal whose program stamps the beginning of commits to `nf_tables`. Its function may be a
 /// module's, which reading the rules loads: to be attached after that.
 pub const NFT_COMMIT: Signal = Signal {

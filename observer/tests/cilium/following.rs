@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use observer::clock;
-use observer::dataplane::{CommitSignal, Dataplane, SilentTable, Update};
+use observer::dataplane::{Commit, CommitSignal, Dataplane, SilentTable, Update};
 use observer::facts::BackendStep;
 
 use super::maps::{ACTIVE, TERMINATING, V4, V4WithBackends2, V6, pinned, with_bpffs};
@@ -87,14 +87,18 @@ fn commits_without_an_end_leave_the_maps_unknown_meanwhile() {
             let start = clock::now();
             for step in 0..2_500 {
                 let at = start.plus(Duration::from_micros(800) * step);
-                let signal = CommitSignal::Commit { at, table: CILIUM };
+                let signal = CommitSignal::Commit(Commit::new(at, CILIUM));
                 running.commits.send(signal).await.expect("sent");
             }
             while !matches!(running.next().await, Update::Blind(_)) {}
             assert!(running.counters.table_failures.get() >= 1);
             four.service(1, &[], &[1], 1);
             let at = start.plus(Duration::from_secs(3));
-            running.commits.send(CommitSignal::Commit { at, table: CILIUM }).await.expect("sent");
+            running
+                .commits
+                .send(CommitSignal::Commit(Commit::new(at, CILIUM)))
+                .await
+                .expect("sent");
             running.until(&v4(1), BackendStep::Draining).await;
         });
     });

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use observer::clock;
 use observer::dataplane::cilium::map_ids;
-use observer::dataplane::{CommitSignal, SilentTable};
+use observer::dataplane::{Commit, CommitSignal, SilentTable};
 use observer::facts::{BackendChange, BackendStep, BootNs, Happening, KernelEvent};
 use observer::kernel::counters::SIGNAL_NAMES;
 use observer::kernel::probes::MAP_COMMIT;
@@ -71,7 +71,7 @@ impl Hooked {
             let _attached = (probes, watched);
             while let Some(event) = events.recv().await {
                 if let Happening::MapCommit { .. } = event.happening {
-                    let signal = CommitSignal::Commit { at: event.at, table: SilentTable::Cilium };
+                    let signal = CommitSignal::Commit(Commit::new(event.at, SilentTable::Cilium));
                     commits.send(signal).await.expect("the follower runs");
                 }
             }

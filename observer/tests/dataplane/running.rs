@@ -154,7 +154,7 @@ fn legacy_commits_are_read_when_they_are_signalled() {
         running.legacy_missed(from, until).await;
         let reported = running.until_backends(&expected(&[], API)).await;
         assert_eq!(reported.removed(), expected(&[26, 28, 29], &[]));
-        assert!(reported.blind.len() >= 2, "each IP version's table: {:?}", reported.blind);
+        assert!(!reported.blind.is_empty());
         assert!(reported.blind.iter().all(|blind| blind.from == from));
         assert!(reported.removed.iter().all(|change| change.at.minus(change.uncertainty) == from));
     });
@@ -169,6 +169,7 @@ fn two_legacy_commits_before_one_read_share_their_span() {
         legacy("6-none");
         let last = clock::now();
         let first = BootNs(last.0 - 5_000_000);
+        let reads = running.counters.table_reads.get();
         for at in [first, last] {
             running.legacy_committed(at, Family::V4).await;
         }
