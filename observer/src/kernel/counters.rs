@@ -24,6 +24,9 @@ pub const SIGNAL_NAMES: [&str; signal::COUNT as usize] = [
     "process_exited",
     "oom_killed",
     "legacy_commit",
+    "ipvs_commit",
+    "map_commit",
+    "legacy_call",
 ];
 
 /// One reading of everything the kernel counts.

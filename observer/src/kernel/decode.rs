@@ -59,7 +59,10 @@ fn happening(event: &Event) -> Result<Happening, Undecodable> {
         signal::PROCESS_SIGNALLED => Happening::Signalled { number: code },
         signal::PROCESS_EXITED => Happening::Exited,
         signal::OOM_KILLED => Happening::OomKilled,
-        signal::LEGACY_COMMIT => Happening::LegacyCommit { family: code },
+        signal::LEGACY_COMMIT => Happening::LegacyCommit { family: code, call_ns: 0 },
+        signal::LEGACY_CALL => Happening::LegacyCommit { family: 0, call_ns: code },
+        signal::IPVS_COMMIT => Happening::IpvsCommit { call_ns: code },
+        signal::MAP_COMMIT => Happening::MapCommit { map: code },
         unknown => return Err(Undecodable::Signal(unknown)),
     })
 }
