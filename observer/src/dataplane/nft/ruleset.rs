@@ -280,6 +280,7 @@ fn with_service_of(before: Option<&Rule>, mut rule: Rule) -> Rule {
 #[cfg(test)]
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
+    use std::sync::Arc;
 
     use proptest::prelude::*;
 
@@ -537,6 +538,75 @@ mod tests {
                 prop_assert_eq!(reached, proxy.dumped().reached(&id()));
             }
         }
+    }
+
+    fn send(port: u16) -> Rule {
+        let effects = vec![Effect::Send([10, 0, 0, 1].into(), port)];
+        Rule { protocol: Some(Protocol::Tcp), service: None, effects }
+    }
+
+    fn added(handle: u64, rule: Rule) -> Change {
+        Change::NewRule { chain: "nat".into(), handle, rule }
+    }
+
+    fn deleted(handle: u64) -> Change {
+        Change::DeleteRule { chain: "nat".into(), handle }
+    }
+
+    fn ports(ruleset: &Ruleset) -> Vec<u16> {
+        ruleset.reached(&id()).backends.iter().map(|backend| backend.port).collect()
+    }
+
+    fn of_rules(rules: &[(u64, Rule)]) -> Ruleset {
+        let entry = Change::NewChain { chain: "nat".into(), entry: true };
+        let mut changes = vec![Change::NewTable { dormant: false }, entry];
+        changes.extend(rules.iter().map(|(handle, rule)| added(*handle, rule.clone())));
+        applied(Ruleset::default(), changes)
+    }
+
+    #[test]
+    fn a_rule_written_anew_is_no_edit_and_is_known_by_its_new_handle() {
+        let mut ruleset = of_rules(&[(1, send(80)), (2, send(81))]);
+        let anew = [deleted(1), deleted(2), added(3, send(81)), added(4, send(80))];
+        for change in anew {
+            ruleset.apply(id(), change).expect("a known chain");
+        }
+        assert!(ruleset.tables[&id()].edits.is_empty());
+        ruleset = applied(ruleset, vec![deleted(3)]);
+        assert_eq!(ports(&ruleset), [80]);
+        ruleset = applied(ruleset, vec![deleted(2), deleted(1)]);
+        assert_eq!(ports(&ruleset), [80], "handles of rules that are gone");
+        assert_eq!(ports(&applied(ruleset, vec![deleted(4)])), Vec::<u16>::new());
+    }
+
+    #[test]
+    fn of_two_equal_rules_one_may_go_in_the_commit_that_writes_the_other_anew() {
+        let twice = of_rules(&[(1, send(80)), (2, send(80))]);
+        let once = applied(twice, vec![deleted(1), deleted(2), added(3, send(80))]);
+        assert_eq!(ports(&once), [80]);
+        assert_eq!(ports(&applied(once, vec![deleted(3)])), Vec::<u16>::new());
+    }
+
+    #[test]
+    fn a_rule_added_and_deleted_in_one_commit_was_never_there() {
+        let ruleset = applied(of_rules(&[]), vec![added(1, send(80)), deleted(1)]);
+        assert_eq!(ports(&ruleset), Vec::<u16>::new());
+    }
+
+    #[test]
+    fn rules_share_the_memory_of_names() {
+        let go = Rule { effects: vec![Effect::Go("c".into())], ..Rule::default() };
+        let named = |rule: Rule| Rule { service: Some(ServicePort("ns/s:p".into())), ..rule };
+        let mut ruleset = of_rules(&[]);
+        let target = Change::NewChain { chain: "c".into(), entry: false };
+        let rules = [added(1, named(go)), added(2, named(send(80)))];
+        ruleset = applied(ruleset, [vec![target], rules.to_vec()].concat());
+        let (_, table) = ruleset.tables().next().expect("a table");
+        let (known, _) = table.chains.get_key_value("c").expect("the chain");
+        let rules: Vec<&Rule> = table.chains["nat"].rules.values().collect();
+        assert!(matches!(&rules[0].effects[..], [Effect::Go(to)] if Arc::ptr_eq(to, known)));
+        let [one, other] = [0, 1].map(|at: usize| rules[at].service.clone().expect("a name").0);
+        assert!(Arc::ptr_eq(&one, &other));
     }
 
     #[test]
