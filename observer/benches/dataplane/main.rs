@@ -45,7 +45,7 @@ struct Arguments {
 enum Kind {
     /// kube-proxy's nftables mode
     Nftables,
-    /// kube-proxy's iptables mode over nf_tables
+    /// kube-proxy's iptables mode over `nf_tables`
     IptablesNft,
     /// kube-proxy's iptables mode over the legacy tables
     IptablesLegacy,

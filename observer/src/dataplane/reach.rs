@@ -64,8 +64,9 @@ pub enum Way {
     Removed,
 }
 
-/// Edits of one table, as a net count: of a rule or element that is deleted and added again with the
-/// same content, as whole syncs of kube-proxy in iptables mode do by the thousands, nothing is left.
+/// Edits of one table, as a net count: of a rule or element that is deleted and added again with
+/// the same content, as whole syncs of kube-proxy in iptables mode do by the thousands, nothing is
+/// left.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Edits(HashMap<Edit, isize>);
 
@@ -174,8 +175,8 @@ impl Part {
     }
 }
 
-/// Ways into a part, counted by label; none leaves no trace. The best label is kept apart: in nearly
-/// all of the many parts it is the only one, and a map would take ten times the memory.
+/// Ways into a part, counted by label; none leaves no trace. The best label is kept apart: in
+/// nearly all of the many parts it is the only one, and a map would take ten times the memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Ways {
     best: Option<(Label, isize)>,

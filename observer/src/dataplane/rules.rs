@@ -99,8 +99,8 @@ pub struct Chain {
     pub rules: Rules,
 }
 
-/// A chain's rules by handle (legacy: by offset), in one block of memory, for nearly all of the many
-/// chains have one or two. Both ends move cheaply: rules come with rising handles, and kube-proxy
+/// A chain's rules by handle (legacy: by offset), in one block of memory, for nearly all of the
+/// many chains have one or two. Both ends move cheaply: rules come with rising handles, and kube-proxy
 /// writes a long chain anew by deleting it from its start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules(VecDeque<(u64, Rule)>);

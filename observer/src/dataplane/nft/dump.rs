@@ -78,8 +78,8 @@ impl Dumper {
         let [mut one, mut other] = self.sockets;
         let before = one.generation(counters)?;
         let mut messages: Vec<(TableId, Change)> = Vec::new();
-        // Rules are asked for chain by chain: asked for all, the kernel walks from the first one again
-        // for each datagram, which takes time with the square of the rules.
+        // Rules are asked for chain by chain: asked for all, the kernel walks from the first one
+        // again for each datagram, which takes time with the square of the rules.
         let mut contents: Vec<Content> = Vec::new();
         for kind in [kind::GET_TABLE, kind::GET_CHAIN, kind::GET_SET] {
             one.ask(kind, ALL, &nothing(), counters, |message| {

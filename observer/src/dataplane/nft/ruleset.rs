@@ -152,7 +152,7 @@ impl Followed {
             Change::DeleteChain { chain } => self.delete_chain(&chain),
             Change::NewRule { chain, handle, rule } => self.new_rule(&chain, handle, rule)?,
             Change::DeleteRule { chain, handle } => self.delete_rule(chain, handle)?,
-            Change::NewMap { map, handle, .. } => self.new_map(map, handle),
+            Change::NewMap { map, handle, .. } => self.new_map(&map, handle),
             // With another handle it is the former owner of a name that is already used again.
             Change::DeleteSet { set, handle } => {
                 if self.table.maps.get(&set).is_some_and(|map| map.handle == handle) {
@@ -194,15 +194,14 @@ impl Followed {
     }
 
     fn new_rule(&mut self, chain: &Name, handle: u64, rule: Rule) -> Result<(), Unexpected> {
-        let before;
-        if rule.effects.is_empty() {
-            before = self.rules_of(chain)?.remove(handle);
+        let before = if rule.effects.is_empty() {
+            self.rules_of(chain)?.remove(handle)
         } else {
             let rule = self.with_known_names(rule);
             self.note(|| Edit::Rule(chain.clone(), rule.clone()), Way::Added);
             let rules = self.rules_of(chain)?;
-            before = rules.insert(handle, with_service_of(rules.last(), rule));
-        }
+            rules.insert(handle, with_service_of(rules.last(), rule))
+        };
         if let Some(rule) = before {
             self.note(|| Edit::Rule(chain.clone(), rule), Way::Removed);
         }
@@ -234,11 +233,11 @@ impl Followed {
         Ok(())
     }
 
-    fn new_map(&mut self, map: Name, handle: u64) {
-        if self.table.maps.get(&map).is_none_or(|known| known.handle != handle) {
+    fn new_map(&mut self, map: &Name, handle: u64) {
+        if self.table.maps.get(map).is_none_or(|known| known.handle != handle) {
             let fresh = Map { handle, ..Map::default() };
             let gone = self.table.maps.insert(map.clone(), fresh);
-            self.note_gone(&map, gone);
+            self.note_gone(map, gone);
         }
     }
 
