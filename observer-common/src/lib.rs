@@ -43,9 +43,21 @@ pub mod signal {
     pub const OOM_KILLED: u32 = 13;
     /// The legacy iptables table `nat` was replaced. `code` is the protocol family, 4 or 6.
     pub const LEGACY_COMMIT: u32 = 14;
+    /// A call that changes the table of IPVS returned. `code` is how long it took, in ns, at most
+    /// [`u32::MAX`], or 0 when that is not known; the local end is the only destination that it can
+    /// have changed, zero when it may be any.
+    pub const IPVS_COMMIT: u32 = 15;
+    /// Elements of a map in `WATCHED_MAPS` were changed by a `bpf(2)` call. Counted each time; sent
+    /// for the first of each map in [`super::MAP_COMMIT_WINDOW_NS`]. `code` is the map's id.
+    pub const MAP_COMMIT: u32 = 16;
     /// How many signals there are.
-    pub const COUNT: u32 = 15;
+    pub const COUNT: u32 = 17;
 }
+
+/// After a [`signal::MAP_COMMIT`] of a map is sent, none is sent for this long, in ns: what changes
+/// a Service's entries one by one makes thousands of calls in a row, and 1 ms is far below what
+/// matters to a preStop sleep.
+pub const MAP_COMMIT_WINDOW_NS: u64 = 1_000_000;
 
 /// Which end started the connection that an [`ArrivalKey`] counts, seen from the pod's node.
 pub mod source {
@@ -249,6 +261,18 @@ pub struct Layout {
     pub task_nsproxy: u32,
     /// `task_struct.cgroups`
     pub task_cgroups: u32,
+    /// `task_struct.files`
+    pub task_files: u32,
+    /// `files_struct.fdt`
+    pub files_fdt: u32,
+    /// `fdtable.max_fds`
+    pub fdt_max_fds: u32,
+    /// `fdtable.fd`
+    pub fdt_fd: u32,
+    /// `file.private_data`
+    pub file_private_data: u32,
+    /// `bpf_map.id`
+    pub map_id: u32,
     /// `nsproxy.net_ns`
     pub nsproxy_net: u32,
     /// `css_set.dfl_cgrp`
@@ -259,6 +283,8 @@ pub struct Layout {
     pub kernfs_id: u32,
     /// `pt_regs.orig_ax` (x86-64)
     pub regs_nr: u32,
+    /// `pt_regs.di`: the first argument of a system call (x86-64)
+    pub regs_arg0: u32,
     /// `pt_regs.si`: the second argument of a system call (x86-64)
     pub regs_arg1: u32,
     /// `pt_regs.dx`: the third argument of a system call (x86-64)
@@ -289,7 +315,7 @@ const _: () = {
     assert!(size_of::<ArrivalKey>() == 32);
     assert!(offset_of!(ArrivalKey, port) == 24);
     assert!(size_of::<ArrivalCount>() == 16);
-    assert!(size_of::<Layout>() == 34 * 4);
+    assert!(size_of::<Layout>() == 41 * 4);
 };
 
 #[cfg(feature = "user")]

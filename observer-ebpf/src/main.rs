@@ -1,5 +1,5 @@
 //! The attach points. Each hook returns early for what it does not care about, then hands over to
-//! the stage that reads the kernel's structures (`socket`, `packet`, `task`) and to `report`,
+//! the stage that reads the kernel's structures (`socket`, `packet`, `task`, `bpf_call`) and to `report`,
 //! which counts and sends.
 //!
 //! Which of these programs are attached is the daemon's choice: it reads the running kernel's BTF
@@ -9,7 +9,9 @@
 #![no_std]
 #![no_main]
 
+mod bpf_call;
 mod commit;
+mod ipvs;
 mod layout;
 mod maps;
 mod memory;
@@ -19,8 +21,8 @@ mod socket;
 mod task;
 
 use aya_ebpf::{
-    macros::{btf_tracepoint, kprobe},
-    programs::{BtfTracePointContext, ProbeContext},
+    macros::{btf_tracepoint, kprobe, kretprobe},
+    programs::{BtfTracePointContext, ProbeContext, RetProbeContext},
 };
 use observer_common::signal;
 
@@ -95,6 +97,31 @@ pub fn oom_victim(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "sys_exit")]
 pub fn legacy_commit(ctx: BtfTracePointContext) -> i32 {
     task::system_call_returned(&ctx, ctx.arg(1))
+}
+
+/// `sys_exit(regs, ret)`: elements of a watched map were changed. As above, attached only while
+/// there is such a map.
+#[btf_tracepoint(function = "sys_exit")]
+pub fn map_commit(ctx: BtfTracePointContext) -> i32 {
+    bpf_call::returned(&ctx, ctx.arg(1))
+}
+
+/// `ip_vs_{add,edit,del}_dest(svc, udest)`.
+#[kprobe]
+pub fn ipvs_destination_call(ctx: ProbeContext) -> u32 {
+    ipvs::destination_call(ctx.arg(1).unwrap_or(0))
+}
+
+/// `ip_vs_unlink_service(svc, ..)`, `ip_vs_flush(ipvs, ..)` and their like.
+#[kprobe]
+pub fn ipvs_service_call(_ctx: ProbeContext) -> u32 {
+    ipvs::service_call()
+}
+
+/// The return of any of them.
+#[kretprobe]
+pub fn ipvs_commit(ctx: RetProbeContext) -> u32 {
+    ipvs::returned(&ctx)
 }
 
 /// `nf_tables_commit(net, skb)`: new rules take effect from here on.

@@ -51,10 +51,33 @@ pub static PROBED_PORTS: HashMap<ProbedPort, u8> = HashMap::with_max_entries(8_1
 #[map]
 pub static RANGE_TO_SOURCE: LpmTrie<Ip, u8> = LpmTrie::with_max_entries(8_192, 0);
 
+/// The maps of a dataplane whose changes matter, by map id, each with when a change of it was last
+/// told (`CLOCK_BOOTTIME`, ns). The daemon inserts and deletes; the program updates the time. Full:
+/// the daemon reports it. A dataplane has four such maps, and twice as many while it migrates them.
+#[map]
+pub static WATCHED_MAPS: HashMap<u32, u64> = HashMap::with_max_entries(64, 0);
+
 /// How many details a source of trouble may still send. The programs insert; the kernel evicts the
 /// least recently used when full, which gives that key a fresh budget and costs no count.
 #[map]
 pub static KEY_TO_BUDGET: LruHashMap<BudgetKey, Budget> = LruHashMap::with_max_entries(8_192, 0);
+
+/// The IPVS call that a thread is in. `ipvs` inserts at its entry and deletes at its return. The
+/// kernel evicts the least recently used when full: that call's length and destination are then not
+/// known. Calls wait for each other, so one entry is the rule.
+#[map]
+pub static THREAD_TO_CALL: LruHashMap<u64, Call> = LruHashMap::with_max_entries(1_024, 0);
+
+/// What the entry of a call leaves for its return.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Call {
+    pub begun_ns: u64,
+    /// The destination; zero when it may be any.
+    pub address: Ip,
+    pub port: u32,
+    pub reserved: u32,
+}
 
 /// One source of trouble: a signal at one pod (or address), whoever the peers are, so that neither
 /// a port scan nor a flood from many sources takes another pod's details.

@@ -100,8 +100,9 @@ fn is_other_table(replacement: Address) -> bool {
     name.is_ok_and(|name| name != *b"nat\0")
 }
 
+/// The task's ids, and the network namespace it is in.
 #[inline(always)]
-fn fill(event: &mut Event, task: Address) {
+pub fn fill(event: &mut Event, task: Address) {
     event.pid = read_or_zero(task, offset!(task_tgid));
     let css_set: Address = read_or_zero(task, offset!(task_cgroups));
     event.cgroup_id = cgroup_id(read_or_zero(css_set, offset!(css_set_cgroup)));

@@ -10,7 +10,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 use ureq::http::Uri;
 
-use crate::dataplane::Dataplane;
+use crate::dataplane::{Dataplane, cilium};
 use crate::kernel::addresses::Range;
 use crate::recommend::DEFAULT_MARGIN_SECONDS;
 use crate::report::Output;
@@ -89,6 +89,10 @@ pub struct RunArgs {
     #[arg(long, env = "OBSERVER_DATAPLANE", value_name = "KIND", default_value = "auto")]
     pub dataplane: DataplaneChoice,
 
+    /// Where Cilium pins its maps: the node's bpf file system, and there tc/globals
+    #[arg(long, env = "OBSERVER_CILIUM_MAPS", value_name = "DIR", default_value = cilium::MAPS)]
+    pub cilium_maps: PathBuf,
+
     /// How the log is written to stderr
     #[arg(long, env = "OBSERVER_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
@@ -165,6 +169,10 @@ pub struct BackendsArgs {
     /// What turns Service addresses into pod addresses on this node; auto reads all there are
     #[arg(long, env = "OBSERVER_DATAPLANE", value_name = "KIND", default_value = "auto")]
     pub dataplane: DataplaneChoice,
+
+    /// Where Cilium pins its maps: the node's bpf file system, and there tc/globals
+    #[arg(long, env = "OBSERVER_CILIUM_MAPS", value_name = "DIR", default_value = cilium::MAPS)]
+    pub cilium_maps: PathBuf,
 
     /// How they are printed
     #[arg(long, value_name = "FORMAT", default_value = "table")]

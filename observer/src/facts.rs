@@ -308,6 +308,18 @@ pub enum Happening {
         /// 4 or 6.
         family: u32,
     },
+    /// A call that changes the IPVS table of this node returned. `local` is the only destination
+    /// that it can have changed; with port 0 it may be any.
+    IpvsCommit {
+        /// How long it took, in ns; 0 when that is not known.
+        call_ns: u32,
+    },
+    /// Elements of a watched map were changed, and perhaps more within
+    /// [`MAP_COMMIT_WINDOW`](crate::kernel::watched::MAP_COMMIT_WINDOW) after it.
+    MapCommit {
+        /// The map's id.
+        map: u32,
+    },
 }
 
 /// One detail from the kernel. Fields that the hook could not know are zero or unspecified.

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use observer::cli::{BackendsArgs, Cli, Command, ReportArgs, RunArgs};
+use observer::cli::{BackendsArgs, Cli, Command, LogFormat, ReportArgs, RunArgs};
 use observer::dataplane::Settings;
 use observer::kernel::{self, StartError};
 use observer::{agent, backends, logging, report};
@@ -46,12 +46,19 @@ fn run(args: RunArgs) -> anyhow::Result<()> {
         cgroup_root: args.cgroup_root,
         cluster: args.cluster_cidr,
         dataplane: args.dataplane.only(),
+        cilium_maps: args.cilium_maps,
     }))
 }
 
 fn print_backends(args: &BackendsArgs) -> anyhow::Result<()> {
+    // What could not be read, and why.
+    logging::install(LogFormat::Text, "warn")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let settings = Settings { dataplane: args.dataplane.only(), ..Settings::default() };
+    let settings = Settings {
+        dataplane: args.dataplane.only(),
+        cilium_maps: args.cilium_maps.clone(),
+        ..Settings::default()
+    };
     let (mut out, mut notes) = (io::stdout().lock(), io::stderr().lock());
     let printed = backends::run(settings, args.output, &mut out, &mut notes);
     runtime.context("cannot start the runtime")?.block_on(printed).map_err(permission)

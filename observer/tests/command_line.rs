@@ -25,7 +25,7 @@ use tempfile::TempDir;
 const BINARY: &str = env!("CARGO_BIN_EXE_observer");
 const NOBODY: u32 = 65534;
 const NO_DATAPLANE: &str = "dataplane: no dataplane is found: neither rules of kube-proxy (nftables, \
-    iptables, IPVS) nor maps of Cilium in this network namespace; is hostNetwork set?\n";
+    iptables, IPVS) nor maps of Cilium; is hostNetwork set, and the node's /sys/fs/bpf mounted?\n";
 
 fn observer(flags: &[&str]) -> Command {
     let mut command = Command::new(BINARY);

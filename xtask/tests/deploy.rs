@@ -79,6 +79,22 @@ fn every_mount_of_the_node_is_read_only() {
     }
 }
 
+/// As cilium-agent pins its maps there, perhaps after the agent started.
+#[test]
+fn the_nodes_bpf_file_system_is_seen_where_the_agent_looks_for_cilium() {
+    let mounts = container()["volumeMounts"].clone();
+    let mounts = mounts.as_array().expect("mounts");
+    let bpf = mounts.iter().find(|mount| mount["name"] == "bpf").expect("the bpf file system");
+    assert_eq!(bpf["mountPropagation"], "HostToContainer");
+    let path = bpf["mountPath"].as_str().expect("a path");
+    let cilium = include_str!("../../observer/src/dataplane/cilium/mod.rs");
+    assert!(cilium.contains(&format!("MAPS: &str = \"{path}/tc/globals\"")), "{path}");
+    let pod = pod();
+    let volumes = pod["volumes"].as_array().expect("volumes");
+    let volume = volumes.iter().find(|volume| volume["name"] == "bpf").expect("the volume");
+    assert_eq!(volume["hostPath"], json!({"path": path, "type": "Directory"}));
+}
+
 #[test]
 fn probes_and_prometheus_reach_the_same_port() {
     let container = container();

@@ -7,6 +7,8 @@
 use std::collections::BTreeSet;
 
 use observer::clock::WallOffset;
+use observer::dataplane::cilium::entries::{self, BackendsVersion};
+use observer::dataplane::cilium::selection;
 use observer::dataplane::nft::follow::{Follow, Step};
 use observer::dataplane::nft::{Message, Ruleset, read_datagram};
 use observer::dataplane::rules::{Effect, Element, Name, Table};
@@ -22,8 +24,9 @@ use observer::report::{NodeAnswer, merge, render};
 pub type Parser = fn(&[u8]);
 
 /// Every parser, by its name.
-pub const ALL: [(&str, Parser); 9] = [
+pub const ALL: [(&str, Parser); 10] = [
     ("agent_answers", agent_answers),
+    ("cilium_maps", cilium_maps),
     ("kernel_btf", kernel_btf),
     ("kernel_event", kernel_event),
     ("legacy_table", legacy_table),
@@ -113,6 +116,31 @@ pub fn legacy_table(bytes: &[u8]) {
         let reached = evaluated.reached;
         assert!(reached.backends.len() + reached.unresolved <= entries.len());
     }
+}
+
+/// Cilium's maps: the IP version (4 or 6), that of the backends (2 or 3), how many slots, the
+/// slots, the backends; each a key and its value.
+pub fn cilium_maps(bytes: &[u8]) {
+    let Some(([ip, version, slots], elements)) = bytes.split_first_chunk() else { return };
+    let family = if *ip == 6 { Family::V6 } else { Family::V4 };
+    let version = if *version == 2 { BackendsVersion::V2 } else { BackendsVersion::V3 };
+    let sizes = entries::service_sizes(family);
+    let cut = usize::from(*slots) * (sizes.key + sizes.value);
+    let (slots, backends) = elements.split_at_checked(cut).unwrap_or((elements, &[]));
+    let slots: Vec<_> = slots
+        .chunks_exact(sizes.key + sizes.value)
+        .filter_map(|slot| entries::slot(family, &slot[..sizes.key], &slot[sizes.key..]))
+        .collect();
+    let sizes = entries::backend_sizes(family, version);
+    let backends: Vec<_> = backends
+        .chunks_exact(sizes.key + sizes.value)
+        .filter_map(|one| entries::endpoint(family, version, &one[..sizes.key], &one[sizes.key..]))
+        .collect();
+    let reached = selection::reached(&slots, &backends);
+    assert!(reached.backends.len() <= slots.len());
+    assert!(reached.draining.len() <= backends.len());
+    assert!(reached.backends.is_disjoint(&reached.draining));
+    assert!(reached.unresolved <= slots.len() * usize::from(u16::MAX));
 }
 
 /// The kernel's type information.

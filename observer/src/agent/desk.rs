@@ -138,7 +138,7 @@ impl Desk {
     }
 
     fn take_event(&mut self, event: &KernelEvent) {
-        self.hooks.committed(event.at, event.happening);
+        self.hooks.committed(event);
         self.correlator.record_kernel(event);
     }
 

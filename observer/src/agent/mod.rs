@@ -32,7 +32,7 @@ use crate::{
 
 use cluster::Server;
 use desk::{Desk, Inbox, Kernel, Shown};
-use hooks::CommitHooks;
+use hooks::{CommitHooks, Maps};
 
 /// Facts of one source that may wait for the correlator. A burst of a few thousand fits; beyond
 /// that the source waits, and the kernel's ring buffer or the API server holds the rest.
@@ -56,6 +56,8 @@ pub struct Settings {
     pub cluster: Vec<Range>,
     /// The only dataplane to follow; `None` for whichever there are.
     pub dataplane: Option<Dataplane>,
+    /// Where Cilium pins its maps.
+    pub cilium_maps: PathBuf,
 }
 
 /// A task's name and outcome.
@@ -105,11 +107,14 @@ fn start(settings: Settings, listener: TcpListener, server: Server) -> anyhow::R
     let (fact_sender, facts) = mpsc::channel(FACTS);
     let (update_sender, updates) = mpsc::channel(FACTS);
     let (commit_sender, commit_signals) = mpsc::channel(FACTS);
-    let hooks = CommitHooks::start(commit_sender, &mut kernel.probes, &metrics)?;
+    let maps = Maps::new(settings.cilium_maps.clone(), kernel.watched);
+    let only = settings.dataplane;
+    let hooks = CommitHooks::start(commit_sender, maps, only, &mut kernel.probes, &metrics)?;
     let (questions, asked) = mpsc::channel(QUESTIONS);
     let commits = kernel.commits;
     let rule_settings = dataplane::Settings {
         dataplane: settings.dataplane,
+        cilium_maps: settings.cilium_maps,
         commit_stamps: Some(StampsOf(Arc::new(move |task| commits.of(task)))),
         ..dataplane::Settings::default()
     };

@@ -41,6 +41,6 @@ pub struct Counters {
     pub interrupted_reads: Counter,
     /// Reads of tables that do not announce their changes.
     pub table_reads: Counter,
-    /// Such tables that could not be read.
+    /// Such tables that could not be read, or not between two commits.
     pub table_failures: Counter,
 }

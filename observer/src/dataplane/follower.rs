@@ -14,6 +14,7 @@ use tokio::time::sleep;
 use tracing::{debug, warn};
 
 use super::backends::{Backends, Origin};
+use super::commits::{Commit, Commits};
 use super::nft::follow::{Follow, Step};
 use super::nft::{Arrival, Dumper, Fault, Message, Subscription, read_datagram};
 use super::reach::Reached;
@@ -28,6 +29,10 @@ const DUMP_PAUSE: Duration = Duration::from_millis(50);
 /// How long a hook's event for a commit may take to reach us, so that a commit during a read is
 /// told from one before it.
 const SETTLE: Duration = Duration::from_millis(2);
+
+/// How often a table is read again because a commit fell into the reading. One that changes for
+/// longer than so many readings is unknown meanwhile, for the other tables have to be followed too.
+const ATTEMPTS: usize = 20;
 
 /// The rules, and who is told of their changes.
 pub(super) struct Follower {
@@ -188,24 +193,35 @@ impl Follower {
                     self.read_unread().await;
                 }
                 CommitSignal::Look { at, table } => self.look(at, table).await,
-                CommitSignal::Commit { at, table } => {
+                CommitSignal::Commit(commit) => {
                     self.counters.commits.increase();
-                    if self.silent.is_unread(table) {
-                        self.read_unread().await;
-                        continue;
-                    }
-                    let (reading, read_at) =
-                        self.read_between_commits(table, &mut ahead, signals).await;
-                    let (first, last) = commits_seen(&mut ahead, at, table, read_at);
-                    match reading {
-                        Some(reading) => {
-                            let uncertainty = reading.call + last.since(first);
-                            self.replace(vec![(table, reading)], last, uncertainty).await;
-                        }
-                        None => self.silent.unread(table, first),
-                    }
+                    self.take_commit(commit, &mut ahead, signals).await;
                 }
             }
+        }
+    }
+
+    /// Reads the table after a commit to it; the commits among `ahead` that the reading shows too
+    /// are taken out of there.
+    async fn take_commit(
+        &mut self,
+        commit: Commit,
+        ahead: &mut VecDeque<CommitSignal>,
+        signals: &mut Receiver<CommitSignal>,
+    ) {
+        let table = commit.table;
+        if self.silent.is_unread(table) {
+            self.read_unread().await;
+            return;
+        }
+        let (reading, read_at) = self.read_between_commits(&commit, ahead, signals).await;
+        let shown = commits_shown(ahead, commit, read_at);
+        if let Some(reading) = reading {
+            let commits = Commits::new(shown, reading.call, clock::now());
+            self.replace(table, reading, |backend| commits.when(backend)).await;
+        } else {
+            let begun = shown.iter().map(Commit::begun).min();
+            self.silent.unread(table, begun.unwrap_or(commit.at));
         }
     }
 
@@ -217,37 +233,47 @@ impl Follower {
         }
         if self.silent.is_unread(table) {
             self.read_unread().await;
-        } else if let Some(reading) = self.silent.read(table).await {
+        } else if let Some(reading) = self.silent.read_unannounced(table).await {
             let at = clock::now();
-            self.replace(vec![(table, reading)], at, at.since(before)).await;
+            self.replace(table, reading, |_| (at, at.since(before))).await;
         } else {
             self.silent.unread(table, before);
         }
     }
 
     /// Reads a table such that no commit to it falls into the reading, for whether its outcome was
-    /// read could then not be told. Everything up to the returned moment was read. `ahead` takes
-    /// what is signalled meanwhile.
+    /// read could then not be told: not `commit`, nor a later one. Everything up to the returned
+    /// moment was read. `ahead` takes what is signalled meanwhile.
     async fn read_between_commits(
         &mut self,
-        table: SilentTable,
+        commit: &Commit,
         ahead: &mut VecDeque<CommitSignal>,
         signals: &mut Receiver<CommitSignal>,
     ) -> (Option<Reading>, BootNs) {
-        loop {
-            let begun = clock::now();
+        let table = commit.table;
+        let (mut settled, mut begun) = (commit.settled(), commit.at);
+        for _ in 0..ATTEMPTS {
+            sleep(settled.since(clock::now())).await;
+            begun = clock::now();
             let reading = self.silent.read(table).await;
             let ended = clock::now();
             sleep(SETTLE).await;
             ahead.extend(std::iter::from_fn(|| signals.try_recv().ok()));
-            let torn = ahead.iter().any(|signal| {
-                matches!(signal, CommitSignal::Commit { at, table: other }
-                    if *other == table && *at > begun && *at <= ended)
+            let torn = ahead.iter().filter_map(|signal| match signal {
+                CommitSignal::Commit(commit)
+                    if commit.table == table && commit.may_fall_into(begun, ended) =>
+                {
+                    Some(commit.settled())
+                }
+                _ => None,
             });
-            if !torn {
-                return (reading, begun);
+            match torn.max() {
+                Some(last) => settled = last,
+                None => return (reading, begun),
             }
         }
+        self.counters.table_failures.increase();
+        (None, begun)
     }
 
     /// Whether a table could not be read: what it holds is not known until
@@ -264,23 +290,28 @@ impl Follower {
             let until = clock::now();
             let source = "commits of a table";
             self.send(Update::Blind(Blindness { from, until, source })).await;
-            let readings = reading.into_iter().map(|reading| (table, reading)).collect();
-            self.replace(readings, until, until.since(from)).await;
+            if let Some(reading) = reading {
+                self.replace(table, reading, |_| (until, until.since(from))).await;
+            }
         }
+        self.report_status().await;
     }
 
+    /// Takes what a table holds now; `when` says of a backend when it changed, and how much earlier
+    /// that may have been.
     async fn replace(
         &mut self,
-        readings: Vec<(SilentTable, Reading)>,
-        at: BootNs,
-        uncertainty: Duration,
+        table: SilentTable,
+        reading: Reading,
+        when: impl Fn(&Backend) -> (BootNs, Duration),
     ) {
-        for (table, reading) in readings {
-            let steps = self.backends.replace(vec![(Origin::Silent(table), reading.reached)]);
-            if !steps.is_empty() {
-                self.detector.changed(table.dataplane());
-            }
-            self.report(steps, at, uncertainty).await;
+        let steps = self.backends.replace(vec![(Origin::Silent(table), reading.reached)]);
+        if !steps.is_empty() {
+            self.detector.changed(table.dataplane());
+        }
+        for (backend, step) in steps {
+            let (at, uncertainty) = when(&backend);
+            self.report(vec![(backend, step)], at, uncertainty).await;
         }
         self.report_status().await;
     }
@@ -306,21 +337,22 @@ impl Follower {
     }
 }
 
-/// Takes out of `ahead` the other commits of the same table up to `read_at`, whose outcome was
-/// read already; gives the first and last moment of all of them.
-fn commits_seen(
+/// `commit` and the other commits to its table up to `read_at`, whose outcome was read already:
+/// those are taken out of `ahead`.
+fn commits_shown(
     ahead: &mut VecDeque<CommitSignal>,
-    at: BootNs,
-    table: SilentTable,
+    commit: Commit,
     read_at: BootNs,
-) -> (BootNs, BootNs) {
-    let (mut first, mut last) = (at, at);
+) -> Vec<Commit> {
+    let mut shown = vec![commit];
     ahead.retain(|signal| match signal {
-        CommitSignal::Commit { at, table: other } if *other == table && *at <= read_at => {
-            (first, last) = (first.min(*at), last.max(*at));
+        CommitSignal::Commit(other)
+            if other.table == commit.table && other.settled() <= read_at =>
+        {
+            shown.push(*other);
             false
         }
         _ => true,
     });
-    (first, last)
+    shown
 }

@@ -2,18 +2,22 @@
 //!
 //! Reads `nf_tables` (kube-proxy's nftables mode, iptables-nft) by netlink and iptables-legacy by
 //! getsockopt, both into the same small rule types, walks those from where new connections enter,
-//! and reports the difference after each commit. Everything but [`run`] and the readers is
-//! pure. Belongs to one network namespace, the node's. Refuses to guess: what could not be seen
-//! becomes a [`Blindness`], what could not be told is counted.
+//! and reports the difference after each commit; in place of rules, Cilium's maps. Everything but
+//! [`run`] and the readers is pure. Belongs to one network namespace, the node's. Refuses to
+//! guess: what could not be seen becomes a [`Blindness`], what could not be told is counted.
 //!
 //! - [`rules`]: tables, chains, rules and maps, reduced.
 //! - [`nft`], [`legacy`]: read them. `xt`: the parts both share. `names`: whose they are.
+//! - [`cilium`]: its maps, and what they send connections to.
 //! - [`reach`]: walks a table. [`backends`]: the whole set and its changes.
 //! - [`silent`]: tables that do not announce their changes. `status`: which dataplane serves.
 
 pub mod backends;
+pub mod cilium;
+mod commits;
 pub mod counters;
 mod follower;
+pub mod ipvs;
 pub mod legacy;
 pub(crate) mod names;
 pub mod nft;
@@ -26,11 +30,14 @@ mod xt;
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::facts::{Backend, BackendChange, Blindness, BootNs};
 
+pub use commits::Commit;
 pub use counters::{Counter, Counters};
+pub use ipvs::ipvs_in_use;
 pub use legacy::legacy_tables_in_use;
 pub use nft::follow::CommitStamps;
 pub use rules::Family;
@@ -48,6 +55,8 @@ pub struct Settings {
     pub receive_buffer_bytes: usize,
     /// The only dataplane to follow; `None` for whichever there are.
     pub dataplane: Option<Dataplane>,
+    /// Where Cilium's maps are pinned.
+    pub cilium_maps: PathBuf,
     /// Tells when commits to `nf_tables` began, on kernels where a hook does.
     pub commit_stamps: Option<StampsOf>,
     /// Where to count.
@@ -70,6 +79,7 @@ impl Default for Settings {
         Self {
             receive_buffer_bytes: RECEIVE_BUFFER_BYTES,
             dataplane: None,
+            cilium_maps: cilium::MAPS.into(),
             commit_stamps: None,
             counters: Arc::default(),
         }
@@ -80,12 +90,7 @@ impl Default for Settings {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CommitSignal {
     /// A kernel hook saw a commit.
-    Commit {
-        /// When the call that made it returned; it took effect during the call.
-        at: BootNs,
-        /// Which table.
-        table: SilentTable,
-    },
+    Commit(Commit),
     /// Nothing tells of the commits of this table: look whether there was one.
     Look {
         /// When this was asked for; a reading since then will do.
@@ -157,7 +162,7 @@ impl fmt::Display for Status {
         let Some(serving) = self.serving else {
             return f.write_str(
                 "no dataplane is found: neither rules of kube-proxy (nftables, iptables, IPVS) nor \
-                 maps of Cilium in this network namespace; is hostNetwork set?",
+                 maps of Cilium; is hostNetwork set, and the node's /sys/fs/bpf mounted?",
             );
         };
         write!(f, "{serving} serves Services ({} backends)", self.backends)?;

@@ -1,8 +1,9 @@
 //! Tables that do not announce their changes: read whole whenever a kernel hook tells of a commit,
 //! and compared with what they held before.
 //!
-//! Shell of the readers in [`legacy`](super::legacy) and its like. Each table is read on a thread
-//! of its own; one that cannot be read is unknown, and said to be, until it can.
+//! Shell of the readers in [`legacy`](super::legacy), [`ipvs`](super::ipvs) and
+//! [`cilium`](super::cilium). Each table is read on a thread of its own; one that cannot be read is
+//! unknown, and said to be, until it can.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -13,15 +14,24 @@ use tracing::{debug, warn};
 
 use super::reach::Reached;
 use super::rules::Family;
-use super::{Counters, Dataplane, Settings, legacy};
+use super::{Counters, Dataplane, Settings, cilium, ipvs, legacy};
 use crate::clock;
 use crate::facts::BootNs;
+use crate::kernel::watched::MAP_COMMIT_WINDOW;
 
 /// A legacy commit took effect during the setsockopt call, whose end is what is reported. The call
 /// was measured with 83 MB of rules (10,000 Services of 5 endpoints): 0.49 s, which is 6 ns for
 /// each byte; and with the smallest table, well below the constant part.
 const LEGACY_CALL: Duration = Duration::from_millis(2);
 const LEGACY_CALL_PER_BYTE: Duration = Duration::from_nanos(10);
+/// A change of a map took effect during a system call of microseconds, during which its task may
+/// have had to wait for a processor.
+const MAP_CALL: Duration = Duration::from_millis(1);
+/// How long an IPVS call may take whose length the hook could not tell: it has a mutex before the
+/// hook runs and waits for nothing then.
+const IPVS_CALL: Duration = Duration::from_millis(1);
+/// How often a table that changes without notice is read until two readings agree.
+const ATTEMPTS: usize = 5;
 /// The chain that marks a table as kube-proxy's, in iptables mode.
 pub(super) const KUBE_SERVICES: &str = "KUBE-SERVICES";
 
@@ -30,14 +40,39 @@ pub(super) const KUBE_SERVICES: &str = "KUBE-SERVICES";
 pub enum SilentTable {
     /// The legacy nat table of an IP version.
     Legacy(Family),
+    /// All virtual services of IPVS.
+    Ipvs,
+    /// Cilium's maps.
+    Cilium,
 }
 
 impl SilentTable {
+    /// The legacy nat tables.
+    pub const LEGACY: [Self; 2] = [Self::Legacy(Family::V4), Self::Legacy(Family::V6)];
+
+    /// How long after a commit that was told others may follow that are not.
+    pub(super) fn window(self) -> Duration {
+        match self {
+            Self::Legacy(_) | Self::Ipvs => Duration::ZERO,
+            Self::Cilium => MAP_COMMIT_WINDOW,
+        }
+    }
+
     /// The dataplane it is part of.
     #[must_use]
     pub fn dataplane(self) -> Dataplane {
         match self {
             Self::Legacy(_) => Dataplane::IptablesLegacy,
+            Self::Ipvs => Dataplane::Ipvs,
+            Self::Cilium => Dataplane::Cilium,
+        }
+    }
+
+    /// Whether the kernel hands it out in pieces, so that a change may fall between two of them.
+    fn comes_in_pieces(self) -> bool {
+        match self {
+            Self::Legacy(_) => false,
+            Self::Ipvs | Self::Cilium => true,
         }
     }
 }
@@ -57,6 +92,8 @@ pub struct Reading {
 /// Reads one table.
 enum Reader {
     Legacy(legacy::Reader),
+    Ipvs(ipvs::Reader),
+    Cilium(cilium::Reader),
 }
 
 impl Reader {
@@ -71,6 +108,16 @@ impl Reader {
                     in_use: reading.evaluated.is_kube_proxys,
                     call: LEGACY_CALL + LEGACY_CALL_PER_BYTE * size,
                 })
+            }
+            Self::Ipvs(reader) => {
+                let table = reader.read()?;
+                let in_use = table.services > 0;
+                Ok(Reading { reached: table.reached, in_use, call: IPVS_CALL })
+            }
+            Self::Cilium(reader) => {
+                let reached = reader.read()?;
+                let in_use = !reached.backends.is_empty();
+                Ok(Reading { reached, in_use, call: MAP_CALL })
             }
         }
     }
@@ -96,6 +143,11 @@ impl SilentTables {
                 readers.insert(SilentTable::Legacy(family), Arc::new(Reader::Legacy(reader)));
             }
         }
+        let ipvs = ipvs::Reader::new(settings.counters.clone());
+        readers.insert(SilentTable::Ipvs, Arc::new(Reader::Ipvs(ipvs)));
+        let required = settings.dataplane == Some(Dataplane::Cilium);
+        let cilium = cilium::Reader::new(settings.cilium_maps.clone(), required);
+        readers.insert(SilentTable::Cilium, Arc::new(Reader::Cilium(cilium)));
         if let Some(only) = settings.dataplane {
             readers.retain(|table: &SilentTable, _| table.dataplane() == only);
         }
@@ -118,8 +170,12 @@ impl SilentTables {
         self.in_use.iter().map(|table| table.dataplane())
     }
 
-    /// What became of a table since `from` is unknown until it is read.
+    /// What became of a table since `from` is unknown until it is read. One that is not followed is
+    /// nobody's concern.
     pub(super) fn unread(&mut self, table: SilentTable, from: BootNs) {
+        if !self.readers.contains_key(&table) {
+            return;
+        }
         let since = self.unread_since.entry(table).or_insert(from);
         *since = from.min(*since);
     }
@@ -140,6 +196,24 @@ impl SilentTables {
     /// The moment up to which a table was read last.
     pub(super) fn read_at(&self, table: SilentTable) -> Option<BootNs> {
         self.read_at.get(&table).copied()
+    }
+
+    /// As [`Self::read`], of a table whose changes nothing tells of: two readings have to agree when
+    /// one may be torn.
+    pub(super) async fn read_unannounced(&mut self, table: SilentTable) -> Option<Reading> {
+        let mut reading = self.read(table).await?;
+        if !table.comes_in_pieces() {
+            return Some(reading);
+        }
+        for _ in 0..ATTEMPTS {
+            let again = self.read(table).await?;
+            if again.reached == reading.reached {
+                return Some(again);
+            }
+            self.counters.interrupted_reads.increase();
+            reading = again;
+        }
+        None
     }
 
     /// A table as it is now; `None` when it cannot be read, which stays to be said by

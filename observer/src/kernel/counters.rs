@@ -24,6 +24,8 @@ pub const SIGNAL_NAMES: [&str; signal::COUNT as usize] = [
     "process_exited",
     "oom_killed",
     "legacy_commit",
+    "ipvs_commit",
+    "map_commit",
 ];
 
 /// One reading of everything the kernel counts.

@@ -60,6 +60,8 @@ fn happening(event: &Event) -> Result<Happening, Undecodable> {
         signal::PROCESS_EXITED => Happening::Exited,
         signal::OOM_KILLED => Happening::OomKilled,
         signal::LEGACY_COMMIT => Happening::LegacyCommit { family: code },
+        signal::IPVS_COMMIT => Happening::IpvsCommit { call_ns: code },
+        signal::MAP_COMMIT => Happening::MapCommit { map: code },
         unknown => return Err(Undecodable::Signal(unknown)),
     })
 }

@@ -11,6 +11,7 @@ pub mod counters;
 pub mod decode;
 pub mod layout;
 pub mod probes;
+pub mod watched;
 
 use std::fmt;
 use std::fs;
@@ -36,6 +37,7 @@ use self::commits::Commits;
 use self::counters::Counters;
 use self::layout::Resolved;
 use self::probes::{Probe, SIGNALS, Signal};
+use self::watched::WatchedMaps;
 use crate::clock;
 use crate::facts::KernelEvent;
 
@@ -84,6 +86,8 @@ pub struct Started {
     pub counters: Counters,
     /// Tells the programs which addresses matter.
     pub addresses: Addresses,
+    /// Tells the programs which maps matter.
+    pub watched: WatchedMaps,
     /// Tells when commits began.
     pub commits: Commits,
 }
@@ -106,6 +110,7 @@ pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
     };
     let counters = Counters::new(&mut take).map_err(StartError::Failed)?;
     let addresses = Addresses::new(&mut take).map_err(StartError::Failed)?;
+    let watched = WatchedMaps::new(&mut take).map_err(StartError::Failed)?;
     let commits = Commits::new(&mut take).map_err(StartError::Failed)?;
     let ring = take("EVENTS").and_then(|map| Ok(RingBuf::try_from(map)?));
     let ring = ring.map_err(StartError::Failed)?;
@@ -116,7 +121,7 @@ pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
     let probes = Probes { ebpf, kernel, resolved, types, states };
     probes.refuse_if_none_may_attach()?;
     let events = Events { ring, log, cgroups: Cgroups::new(cgroup_root), counts: Arc::default() };
-    Ok(Started { probes, events, counters, addresses, commits })
+    Ok(Started { probes, events, counters, addresses, watched, commits })
 }
 
 /// The inode number of the calling thread's network namespace.

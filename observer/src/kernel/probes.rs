@@ -107,6 +107,18 @@ const SYSTEM_CALL: &[&str] = &[
     "net.ns.inum",
 ];
 
+const BPF_CALL: &[&str] = &[
+    "pt_regs.orig_ax",
+    "pt_regs.di",
+    "pt_regs.si",
+    "task_struct.files",
+    "files_struct.fdt",
+    "fdtable.max_fds",
+    "fdtable.fd",
+    "file.private_data",
+    "bpf_map.id",
+];
+
 const fn tp_btf(
     tracepoint: &'static str,
     program: &'static str,
@@ -121,6 +133,44 @@ pub const LEGACY_COMMIT: Signal = Signal {
     name: "legacy_commit",
     essential: false,
     methods: &[tp_btf("sys_exit", "legacy_commit", 2, SYSTEM_CALL)],
+};
+
+/// The signal whose program is attached only while there are maps to watch.
+pub const MAP_COMMIT: Signal = Signal {
+    name: "map_commit",
+    essential: false,
+    methods: &[tp_btf("sys_exit", "map_commit", 2, BPF_CALL)],
+};
+
+const CURRENT_NETNS: &[&str] = &["task_struct.nsproxy", "nsproxy.net_ns", "net.ns.inum"];
+
+const fn destination_call(name: &'static [&'static str]) -> Function {
+    Function { names: name, entry: Some("ipvs_destination_call") }
+}
+
+const fn service_call(names: &'static [&'static str]) -> Function {
+    Function { names, entry: Some("ipvs_service_call") }
+}
+
+/// Every call that changes what IPVS sends new connections to. Attached only while it is in use.
+/// The suffixes are the compiler's.
+pub const IPVS_COMMIT: Signal = Signal {
+    name: "ipvs_commit",
+    essential: false,
+    methods: &[Method {
+        attach: Attach::KProbe(&[
+            destination_call(&["ip_vs_add_dest"]),
+            destination_call(&["ip_vs_edit_dest"]),
+            destination_call(&["ip_vs_del_dest"]),
+            // Renamed in Linux 7.2 or shortly before (not in 6.18).
+            service_call(&["ip_vs_unlink_service", "ip_vs_del_service"]),
+            service_call(&["ip_vs_flush", "ip_vs_flush.isra.0", "ip_vs_flush.constprop.0"]),
+        ]),
+        program: "ipvs_commit",
+        arguments: 0,
+        pointer: None,
+        needs: CURRENT_NETNS,
+    }],
 };
 
 /// The signal whose program stamps the beginning of commits to `nf_tables`. Its function may be a

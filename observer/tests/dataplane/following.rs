@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use observer::dataplane::{
-    CommitSignal, Counters, Family, Settings, SilentTable, Status, Update, run,
+    Commit, CommitSignal, Counters, Family, Settings, SilentTable, Status, Update, run,
 };
 use observer::facts::{Backend, BackendChange, BackendStep, Blindness, BootNs};
 use tokio::sync::mpsc::{self, Receiver, Sender};
@@ -86,7 +86,7 @@ impl Running {
     /// Tells it of a commit to a legacy table, as the kernel program does.
     pub(crate) async fn legacy_committed(&self, at: BootNs, family: Family) {
         self.signals
-            .send(CommitSignal::Commit { at, table: SilentTable::Legacy(family) })
+            .send(CommitSignal::Commit(Commit::new(at, SilentTable::Legacy(family))))
             .await
             .expect("it still runs");
     }

@@ -160,11 +160,13 @@ async fn follow(form: Form, version: Family, syncs: Vec<Sync>) {
             }
             node.sync(&touched);
         });
-        if form == Form::IptablesLegacy {
-            running.legacy_committed(clock::now(), version).await;
-        }
         let wanted: BTreeSet<String> = node.reachable().union(&others).cloned().collect();
-        let reported = running.until_backends(&wanted).await;
+        let reported = if form == Form::IptablesLegacy {
+            running.legacy_committed(clock::now(), version).await;
+            running.until_backends(&wanted).await
+        } else {
+            running.reported().await
+        };
         assert_eq!(running.backends(), wanted, "after sync {number}");
         assert_eq!(read_anew(&node), wanted, "read anew after sync {number}");
         assert_eq!(reported.removed(), &before - &wanted, "removed by sync {number}");

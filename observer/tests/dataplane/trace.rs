@@ -17,7 +17,7 @@ const EVENTS: [&str; 6] = [
     "syscalls/sys_exit_sendmsg",
     "syscalls/sys_enter_setsockopt",
     "syscalls/sys_exit_setsockopt",
-    "sched/sched_wakeup",
+    "sched/sched_waking",
     "sched/sched_switch",
 ];
 /// How the calls begin and end in the trace: netlink's, and `IPT_SO_SET_REPLACE` (64).
@@ -146,7 +146,7 @@ impl Events {
 
     /// The thread of this name that was woken.
     pub(crate) fn woken(&self, name: &str) -> Option<String> {
-        let mut wakes = self.0.iter().filter(|event| event.text.starts_with("sched_wakeup: "));
+        let mut wakes = self.0.iter().filter(|event| event.text.starts_with("sched_waking: "));
         let wake = wakes.find(|event| event.text.contains(&format!("comm={name} ")))?;
         wake.field("pid").map(str::to_owned)
     }
@@ -157,7 +157,7 @@ impl Events {
         for event in &self.0 {
             let at = BootNs(event.at_ns);
             let is = |key| event.field(key) == Some(thread);
-            if event.text.starts_with("sched_wakeup: ") && is("pid") {
+            if event.text.starts_with("sched_waking: ") && is("pid") {
                 since.get_or_insert(at);
             } else if is("next_pid") {
                 waits.extend(since.take().map(|since| (since, at)));
@@ -165,6 +165,9 @@ impl Events {
                 && event.field("prev_state").is_some_and(|s| s.starts_with('R'))
             {
                 since = Some(at);
+            } else if is("prev_pid") {
+                // Woken before it slept: it did not wait.
+                since = None;
             }
         }
         waits

@@ -5,6 +5,7 @@
 //! runs nowhere else, and begins with [`machine::require_guest`], because it may load modules and
 //! write rules without taking them back. Everything is emulated: keep tests light.
 
+mod ipvs;
 mod kernel;
 mod machine;
 mod modules;

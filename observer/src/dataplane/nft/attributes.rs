@@ -7,17 +7,17 @@
 
 /// Input that is not what the kernel writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Malformed;
+pub(in super::super) struct Malformed;
 
 /// Length of `nlmsghdr`.
-pub(super) const MESSAGE_HEADER_BYTES: usize = 16;
+pub(in super::super) const MESSAGE_HEADER_BYTES: usize = 16;
 const ATTRIBUTE_HEADER_BYTES: usize = 4;
 /// Without `NLA_F_NESTED` and `NLA_F_NET_BYTEORDER`.
 const ATTRIBUTE_TYPE_MASK: u16 = 0x3fff;
 
 /// One netlink message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Frame<'d> {
+pub(in super::super) struct Frame<'d> {
     /// `nlmsg_type`
     pub kind: u16,
     /// `nlmsg_flags`
@@ -29,7 +29,9 @@ pub(super) struct Frame<'d> {
 }
 
 /// The messages of a datagram; the first malformed one ends it.
-pub(super) fn frames(datagram: &[u8]) -> impl Iterator<Item = Result<Frame<'_>, Malformed>> {
+pub(in super::super) fn frames(
+    datagram: &[u8],
+) -> impl Iterator<Item = Result<Frame<'_>, Malformed>> {
     split_all(datagram, split_frame)
 }
 
@@ -75,7 +77,9 @@ fn split_attribute(bytes: &[u8]) -> Option<(Attribute<'_>, &[u8])> {
 }
 
 /// The attributes in `bytes`, by type; types from `N` on are left out, as newer kernels add them.
-pub(super) fn fields<const N: usize>(bytes: &[u8]) -> Result<[Option<&[u8]>; N], Malformed> {
+pub(in super::super) fn fields<const N: usize>(
+    bytes: &[u8],
+) -> Result<[Option<&[u8]>; N], Malformed> {
     let mut fields = [None; N];
     for attribute in attributes(bytes) {
         let (kind, value) = attribute?;

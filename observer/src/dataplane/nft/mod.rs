@@ -1,12 +1,12 @@
 //! `nf_tables` (kube-proxy's nftables mode and iptables-nft): a dump, then notifications.
 
-mod attributes;
+pub(super) mod attributes;
 mod dump;
 mod expressions;
 pub mod follow;
 mod messages;
 mod ruleset;
-mod socket;
+pub(super) mod socket;
 
 pub(crate) use dump::replay;
 pub use dump::{Dumper, Fault};

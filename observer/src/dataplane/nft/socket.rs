@@ -44,13 +44,13 @@ pub(super) fn open(groups: u32) -> anyhow::Result<OwnedFd> {
 }
 
 /// Ends a blocking read after so long with `WouldBlock`.
-pub(super) fn limit_wait(socket: &OwnedFd, seconds: i64) -> anyhow::Result<()> {
+pub(in super::super) fn limit_wait(socket: &OwnedFd, seconds: i64) -> anyhow::Result<()> {
     setsockopt(socket, sockopt::ReceiveTimeout, &TimeVal::seconds(seconds))
         .context("limit the wait for netlink messages")
 }
 
 /// Reads one datagram whole.
-pub(super) fn receive<'b>(
+pub(in super::super) fn receive<'b>(
     socket: &OwnedFd,
     buffer: &'b mut [u8],
     flags: MsgFlags,
@@ -59,7 +59,7 @@ pub(super) fn receive<'b>(
     buffer.get(..length).ok_or_else(|| io::ErrorKind::FileTooLarge.into())
 }
 
-pub(super) fn buffer() -> Vec<u8> {
+pub(in super::super) fn buffer() -> Vec<u8> {
     vec![0; DATAGRAM_BYTES]
 }
 

@@ -219,7 +219,7 @@ pub(crate) struct Node {
     pub(crate) version: Family,
     pub(crate) services: BTreeMap<&'static str, Service>,
     written: Layout,
-    /// Emptied by the last sync, and to be deleted before the next.
+    /// Dropped by the last sync, and to be deleted before the next.
     stale: Layout,
 }
 
@@ -284,7 +284,7 @@ impl Node {
         if !deletion.is_empty() {
             feed(tool, &deletion);
         }
-        feed(tool, &nftables::change(self.version, &self.written, wanted, rewritten));
+        feed(tool, &nftables::change(self.form, self.version, &self.written, wanted, rewritten));
         self.stale = self.written.without(wanted);
     }
 

@@ -158,9 +158,11 @@ fn endpoint_clients(version: Family, service: &Service, pod: u8) -> String {
     endpoint("affinity", version, service, pod)
 }
 
-/// One sync: makes what is wanted of what was written. Chains that are not wanted any more are
-/// emptied; those of touched Services are written again, also when nothing of them differs.
+/// One sync: makes what is wanted of what was written. The chains of touched Services are written
+/// again, also when nothing of them differs. kube-proxy empties those that are not wanted any more;
+/// in the 1.36 form they are left full until their deletion, so that only what leads there tells.
 pub(super) fn change(
+    form: Form,
     version: Family,
     written: &Layout,
     wanted: &Layout,
@@ -187,7 +189,8 @@ pub(super) fn change(
             lines.push(format!("add element {table} {map} {{ {key} : {verdict} }}"));
         }
     }
-    for chain in written.chains.keys().filter(|chain| !wanted.chains.contains_key(*chain)) {
+    let dropped = written.chains.keys().filter(|chain| !wanted.chains.contains_key(*chain));
+    for chain in dropped.filter(|_| form == Form::Nftables135) {
         lines.push(format!("flush chain {table} {chain}"));
     }
     for (chain, rules) in wanted.chains.iter().filter(|(chain, _)| rewritten.contains(*chain)) {
@@ -196,11 +199,12 @@ pub(super) fn change(
     lines.join("\n")
 }
 
-/// Deletes what a sync emptied, unless it is wanted again.
+/// Deletes what a sync dropped, unless it is wanted again.
 pub(super) fn deletion(version: Family, stale: &Layout, wanted: &Layout) -> String {
     let table = format!("{} kube-proxy", ip(version));
     let chains = stale.chains.keys().filter(|chain| !wanted.chains.contains_key(*chain));
-    let chains = chains.map(|chain| format!("delete chain {table} {chain}"));
+    let emptied = chains.clone().map(|chain| format!("flush chain {table} {chain}"));
+    let chains = emptied.chain(chains.map(|chain| format!("delete chain {table} {chain}")));
     let clients = stale.clients.difference(&wanted.clients);
     let clients = clients.map(|clients| format!("delete set {table} {clients}"));
     chains.chain(clients).collect::<Vec<_>>().join("\n")

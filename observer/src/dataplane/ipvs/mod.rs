@@ -1,0 +1,100 @@
+//! IPVS: the kernel's virtual services and their destinations, read whole.
+//!
+//! By generic netlink, one request for all services and one for the destinations of each, as
+//! kube-proxy does. Not from `/proc/net/ip_vs`: up to Linux 6.18 at least that leaves out services
+//! as soon as another network namespace has some (138 of 200 were seen). The kernel says nothing of
+//! changes; a kernel program reports the calls that make them. Refuses to guess: which Service a
+//! virtual service is of, IPVS does not say.
+
+mod messages;
+mod netlink;
+
+use std::fs::File;
+use std::io::Read as _;
+use std::sync::Arc;
+
+use super::Counters;
+use super::reach::Reached;
+use crate::facts::Backend;
+use messages::{Destination, Service};
+use netlink::Conversation;
+
+/// Of the calling thread's network namespace. Not /proc/net: that is the main thread's.
+const PATH: &str = "/proc/thread-self/net/ip_vs";
+/// The kernel writes this many lines before the first service.
+const HEADER_LINES: usize = 3;
+/// What one read of such a file gives at most: a page.
+const PAGE_BYTES: usize = 4096;
+
+/// Whether this thread's network namespace has a virtual service. Reads one page, however many
+/// there are.
+#[must_use]
+pub fn ipvs_in_use() -> bool {
+    let Ok(mut file) = File::open(PATH) else { return false };
+    let mut page = [0; PAGE_BYTES];
+    let read = file.read(&mut page).unwrap_or(0);
+    page[..read].split_inclusive(|byte| *byte == b'\n').count() > HEADER_LINES
+}
+
+/// All virtual services of a network namespace.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    /// Their destinations: a weight above 0 makes a backend, 0 one that is being drained.
+    pub reached: Reached,
+    /// How many virtual services there are.
+    pub services: usize,
+}
+
+/// Reads the table of this thread's network namespace.
+#[derive(Debug)]
+pub struct Reader {
+    counters: Arc<Counters>,
+}
+
+impl Reader {
+    /// Messages that are not understood are counted in `counters`.
+    #[must_use]
+    pub fn new(counters: Arc<Counters>) -> Self {
+        Self { counters }
+    }
+
+    /// The table as it is now; empty while the module is not loaded. It is many answers: a service
+    /// or destination that comes or goes meanwhile may make it pass over others.
+    ///
+    /// # Errors
+    /// When `CAP_NET_ADMIN` is missing.
+    pub fn read(&self) -> anyhow::Result<Table> {
+        // To ask for the family of a module that is not loaded would load it.
+        if !ipvs_in_use() {
+            return Ok(Table::default());
+        }
+        let mut conversation = Conversation::open(&self.counters)?;
+        let mut table = Table::default();
+        for service in conversation.services()? {
+            table.services += 1;
+            for destination in conversation.destinations(&service)? {
+                table.take(&service, &destination);
+            }
+        }
+        // Sent to by one virtual service is sent to.
+        let Reached { backends, draining, .. } = &mut table.reached;
+        draining.retain(|backend| !backends.contains(backend));
+        Ok(table)
+    }
+}
+
+impl Table {
+    fn take(&mut self, service: &Service, destination: &Destination) {
+        let Destination { address, port, weight } = *destination;
+        let reached = &mut self.reached;
+        match service.protocol {
+            Some(protocol) if port != 0 => {
+                let backend = Backend { service: None, protocol, address, port };
+                let set = if weight > 0 { &mut reached.backends } else { &mut reached.draining };
+                set.insert(backend);
+            }
+            // By firewall mark, or to the port the connection had: it does not tell what is sent.
+            _ => reached.unresolved += usize::from(weight > 0),
+        }
+    }
+}
