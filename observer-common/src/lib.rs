@@ -50,8 +50,11 @@ pub mod signal {
     /// Elements of a map in `WATCHED_MAPS` were changed by a `bpf(2)` call. Counted each time; sent
     /// for the first of each map in [`super::MAP_COMMIT_WINDOW_NS`]. `code` is the map's id.
     pub const MAP_COMMIT: u32 = 16;
+    /// As [`LEGACY_COMMIT`], where the kernel's own function is hooked: `code` is how long it took, as
+    /// in [`IPVS_COMMIT`], and the protocol family is not known.
+    pub const LEGACY_CALL: u32 = 17;
     /// How many signals there are.
-    pub const COUNT: u32 = 17;
+    pub const COUNT: u32 = 18;
 }
 
 /// After a [`signal::MAP_COMMIT`] of a map is sent, none is sent for this long, in ns: what changes

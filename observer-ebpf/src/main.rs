@@ -10,9 +10,11 @@
 #![no_main]
 
 mod bpf_call;
+mod call;
 mod commit;
 mod ipvs;
 mod layout;
+mod legacy;
 mod maps;
 mod memory;
 mod packet;
@@ -104,6 +106,18 @@ pub fn legacy_commit(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "sys_exit")]
 pub fn map_commit(ctx: BtfTracePointContext) -> i32 {
     bpf_call::returned(&ctx, ctx.arg(1))
+}
+
+/// `xt_replace_table(table, num_counters, newinfo, error)`.
+#[kprobe]
+pub fn legacy_replace_call(ctx: ProbeContext) -> u32 {
+    legacy::replace_call(&ctx)
+}
+
+/// Its return: a legacy iptables table was replaced.
+#[kretprobe]
+pub fn legacy_replaced(ctx: RetProbeContext) -> u32 {
+    legacy::replaced(&ctx)
 }
 
 /// `ip_vs_{add,edit,del}_dest(svc, udest)`.

@@ -305,8 +305,10 @@ pub enum Happening {
     OomKilled,
     /// The legacy iptables table `nat` of this node was replaced.
     LegacyCommit {
-        /// 4 or 6.
+        /// 4 or 6; 0 when the hook does not tell.
         family: u32,
+        /// How long the replacing took, in ns; 0 when that is not known.
+        call_ns: u32,
     },
     /// A call that changes the IPVS table of this node returned. `local` is the only destination
     /// that it can have changed; with port 0 it may be any.

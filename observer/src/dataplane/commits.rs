@@ -7,7 +7,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::SilentTable;
+use super::{Family, SilentTable};
 use crate::facts::{Backend, BootNs, Happening, KernelEvent};
 
 /// A change of a table that does not announce its changes, as a kernel hook saw it.
@@ -33,19 +33,22 @@ impl Commit {
     /// What an event of a kernel hook tells, one for each table; nothing when it is of another kind.
     #[must_use]
     pub fn told_by(event: &KernelEvent) -> Vec<Self> {
-        let of = |tables: &[SilentTable]| -> Vec<Self> {
-            tables.iter().map(|table| Self::new(event.at, *table)).collect()
+        let to = |table, call_ns: u32| Self {
+            call: (call_ns > 0).then(|| Duration::from_nanos(call_ns.into())),
+            ..Self::new(event.at, table)
         };
+        let legacy = |family, call_ns| to(SilentTable::Legacy(family), call_ns);
         match event.happening {
-            Happening::LegacyCommit { family: 4 } => of(&SilentTable::LEGACY[..1]),
-            Happening::LegacyCommit { family: 6 } => of(&SilentTable::LEGACY[1..]),
-            Happening::LegacyCommit { .. } => of(&SilentTable::LEGACY),
+            Happening::LegacyCommit { family: 4, call_ns } => vec![legacy(Family::V4, call_ns)],
+            Happening::LegacyCommit { family: 6, call_ns } => vec![legacy(Family::V6, call_ns)],
+            Happening::LegacyCommit { call_ns, .. } => {
+                vec![legacy(Family::V4, call_ns), legacy(Family::V6, call_ns)]
+            }
             Happening::IpvsCommit { call_ns } => vec![Self {
-                call: (call_ns > 0).then(|| Duration::from_nanos(call_ns.into())),
                 destination: Some(event.local).filter(|destination| destination.port() != 0),
-                ..Self::new(event.at, SilentTable::Ipvs)
+                ..to(SilentTable::Ipvs, call_ns)
             }],
-            Happening::MapCommit { .. } => of(&[SilentTable::Cilium]),
+            Happening::MapCommit { .. } => vec![to(SilentTable::Cilium, 0)],
             _ => Vec::new(),
         }
     }

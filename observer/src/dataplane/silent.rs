@@ -47,7 +47,7 @@ pub enum SilentTable {
 }
 
 impl SilentTable {
-    /// The legacy nat tables.
+    /// The legacy nat tables of both IP versions.
     pub const LEGACY: [Self; 2] = [Self::Legacy(Family::V4), Self::Legacy(Family::V6)];
 
     /// How long after a commit that was told others may follow that are not.

@@ -26,6 +26,7 @@ pub const SIGNAL_NAMES: [&str; signal::COUNT as usize] = [
     "legacy_commit",
     "ipvs_commit",
     "map_commit",
+    "legacy_call",
 ];
 
 /// One reading of everything the kernel counts.

@@ -128,11 +128,24 @@ const fn tp_btf(
     Method { attach: Attach::TpBtf(tracepoint), program, arguments, pointer: None, needs }
 }
 
-/// The signal whose program is attached only while legacy iptables is in use.
+/// The signal whose program is attached only while legacy iptables is in use. The kprobe tells more
+/// exactly and costs nothing while no table is replaced.
 pub const LEGACY_COMMIT: Signal = Signal {
     name: "legacy_commit",
     essential: false,
-    methods: &[tp_btf("sys_exit", "legacy_commit", 2, SYSTEM_CALL)],
+    methods: &[
+        Method {
+            attach: Attach::KProbe(&[Function {
+                names: &["xt_replace_table"],
+                entry: Some("legacy_replace_call"),
+            }]),
+            program: "legacy_replaced",
+            arguments: 0,
+            pointer: None,
+            needs: CURRENT_NETNS,
+        },
+        tp_btf("sys_exit", "legacy_commit", 2, SYSTEM_CALL),
+    ],
 };
 
 /// The signal whose program is attached only while there are maps to watch.

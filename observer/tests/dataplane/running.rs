@@ -169,7 +169,6 @@ fn two_legacy_commits_before_one_read_share_their_span() {
         legacy("6-none");
         let last = clock::now();
         let first = BootNs(last.0 - 5_000_000);
-        let reads = running.counters.table_reads.get();
         for at in [first, last] {
             running.legacy_committed(at, Family::V4).await;
         }

@@ -5,8 +5,10 @@
 //! runs nowhere else, and begins with [`machine::require_guest`], because it may load modules and
 //! write rules without taking them back. Everything is emulated: keep tests light.
 
+mod following;
 mod ipvs;
 mod kernel;
+mod legacy;
 mod machine;
 mod modules;
 mod nftables;
