@@ -2,6 +2,9 @@
 //!
 //! The kernel says nothing of legacy commits over netlink; a kernel program reports them. Reading
 //! a table that does not exist would create it, so `/proc/net/ip_tables_names` is looked at first.
+//!
+//! - `sockopt`: copies the table, which is most of what a reading costs. `blob`: its entries.
+//! - `chains`: cuts them into chains. `order`: which are passed when. `evaluate`: passes them.
 
 mod blob;
 mod chains;
