@@ -1,9 +1,10 @@
 //! The node's rules, reduced to what decides where a new connection may be sent.
 //!
-//! Both netfilter front ends decode into these types: `nf_tables` messages and the legacy nat table.
-//! Matches on addresses, marks, probabilities and the order of rules are left out on purpose: a
-//! backend is whatever *some* packet can be sent to, and kube-proxy never shadows one rule by
-//! another. A rule that sends nowhere and goes nowhere reduces to no effects.
+//! `nf_tables` messages decode into these types; the legacy nat table, which is only ever read
+//! whole, is evaluated where it lies, by the same principles. Matches on addresses, marks,
+//! probabilities and the order of rules are left out on purpose: a backend is whatever *some*
+//! packet can be sent to, and kube-proxy never shadows one rule by another. A rule that sends
+//! nowhere and goes nowhere reduces to no effects.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -92,7 +93,7 @@ pub struct Rule {
 pub struct Chain {
     /// Whether new connections enter here: a chain of type nat at prerouting or output.
     pub entry: bool,
-    /// Rules with effects, by handle (legacy: by offset).
+    /// Rules with effects, by handle.
     pub rules: BTreeMap<u64, Rule>,
 }
 
