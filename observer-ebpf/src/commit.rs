@@ -18,7 +18,7 @@ pub fn begun(ctx: &ProbeContext) -> u32 {
     if inum == offset!(own_netns_inum) {
         let task = ctx.pid();
         // SAFETY: the value of this thread, which is here and so cannot change it.
-        let before = unsafe { TASK_TO_COMMITS.get(&task) }.map_or(0, |[latest, _]| *latest);
+        let before = unsafe { TASK_TO_COMMITS.get(task) }.map_or(0, |[latest, _]| *latest);
         let _inserted = TASK_TO_COMMITS.insert(task, [report::now(), before], 0);
     }
     0

@@ -7,6 +7,8 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike as _;
 use nix::time::{ClockId, clock_gettime};
 use observer::clock;
 use observer::facts::BootNs;
@@ -86,6 +88,12 @@ pub(crate) fn list(
     cost.elapsed += clock::now().since(began);
     cost.cpu += thread_cpu()?.saturating_sub(cpu_before);
     Ok(Some(cost))
+}
+
+/// What this thread used in the kernel so far; the kernel samples it.
+pub(crate) fn thread_cpu_in_kernel() -> Result<Duration> {
+    let time = getrusage(UsageWho::RUSAGE_THREAD)?.system_time();
+    Ok(Duration::from_micros(u64::try_from(time.num_microseconds()).unwrap_or_default()))
 }
 
 /// What this thread used so far.

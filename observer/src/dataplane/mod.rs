@@ -1,15 +1,15 @@
 //! The node's rules: which backends new connections are sent to, and since when not.
 //!
 //! Reads `nf_tables` (kube-proxy's nftables mode, iptables-nft) by netlink and iptables-legacy by
-//! getsockopt, both into the same small rule types, walks those from where new connections enter,
-//! and reports the difference after each commit; in place of rules, Cilium's maps. Everything but
-//! [`run`] and the readers is pure. Belongs to one network namespace, the node's. Refuses to
-//! guess: what could not be seen becomes a [`Blindness`], what could not be told is counted.
+//! getsockopt, follows their rules from where new connections enter, and reports the difference
+//! after each commit; in place of rules, Cilium's maps. Everything but [`run`] and the readers is
+//! pure. Belongs to one network namespace, the node's. Refuses to guess: what could not be seen
+//! becomes a [`Blindness`], what could not be told is counted.
 //!
 //! - [`rules`]: tables, chains, rules and maps, reduced.
 //! - [`nft`], [`legacy`]: read them. `xt`: the parts both share. `names`: whose they are.
 //! - [`cilium`]: its maps, and what they send connections to.
-//! - [`reach`]: walks a table. [`backends`]: the whole set and its changes.
+//! - [`reach`]: follows a table of `nf_tables`. [`backends`]: the whole set and its changes.
 //! - [`silent`]: tables that do not announce their changes. `status`: which dataplane serves.
 
 pub mod backends;

@@ -42,6 +42,12 @@ pub(crate) fn of_chain(chain: &str) -> Option<(ServicePort, Protocol)> {
 /// The Service port that a kube-proxy rule's comment starts with.
 #[must_use]
 pub(crate) fn of_comment(comment: &str) -> Option<ServicePort> {
+    start_of_comment(comment).map(|service| ServicePort(service.into()))
+}
+
+/// As [`of_comment`], in place.
+#[must_use]
+pub(crate) fn start_of_comment(comment: &str) -> Option<&str> {
     let (service, tail) = comment.split_once(' ').unwrap_or((comment, ""));
     let known = COMMENT_TAILS.iter().any(|known| match known.strip_suffix(' ') {
         Some(_) => tail.starts_with(known),
@@ -49,7 +55,7 @@ pub(crate) fn of_comment(comment: &str) -> Option<ServicePort> {
     });
     let (namespace, rest) = service.split_once('/')?;
     let well_formed = !namespace.is_empty() && !rest.is_empty() && !rest.contains('/');
-    (known && well_formed).then(|| ServicePort(service.into()))
+    (known && well_formed).then_some(service)
 }
 
 #[cfg(test)]

@@ -473,11 +473,7 @@ mod tests {
     }
 
     fn chain(entry: bool, rules: Vec<Rule>) -> Chain {
-        let mut chain = Chain { entry, ..Chain::default() };
-        for (handle, rule) in (1..).zip(rules) {
-            chain.rules.insert(handle, rule);
-        }
-        chain
+        Chain { entry, rules: (1..).zip(rules).collect() }
     }
 
     fn table(chains: Vec<(&str, Chain)>) -> Table {

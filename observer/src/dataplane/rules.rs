@@ -1,9 +1,10 @@
 //! The node's rules, reduced to what decides where a new connection may be sent.
 //!
-//! Both netfilter front ends decode into these types: `nf_tables` messages and the legacy nat table.
-//! Matches on addresses, marks, probabilities and the order of rules are left out on purpose: a
-//! backend is whatever *some* packet can be sent to, and kube-proxy never shadows one rule by
-//! another. A rule that sends nowhere and goes nowhere reduces to no effects.
+//! `nf_tables` messages decode into these types; the legacy nat table, which is only ever read
+//! whole, is evaluated where it lies, by the same principles. Matches on addresses, marks,
+//! probabilities and the order of rules are left out on purpose: a backend is whatever *some*
+//! packet can be sent to, and kube-proxy never shadows one rule by another. A rule that sends
+//! nowhere and goes nowhere reduces to no effects.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -99,9 +100,9 @@ pub struct Chain {
     pub rules: Rules,
 }
 
-/// A chain's rules by handle (legacy: by offset), in one block of memory, for nearly all of the
-/// many chains have one or two. Both ends move cheaply: rules come with rising handles, and kube-proxy
-/// writes a long chain anew by deleting it from its start.
+/// A chain's rules by handle, in one block of memory, for nearly all of the many chains have one or
+/// two. Both ends move cheaply: rules come with rising handles, and kube-proxy writes a long chain
+/// anew by deleting it from its start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules(VecDeque<(u64, Rule)>);
 
@@ -155,6 +156,16 @@ impl Rules {
     #[must_use]
     pub fn last(&self) -> Option<&Rule> {
         self.0.back().map(|(_, rule)| rule)
+    }
+}
+
+impl FromIterator<(u64, Rule)> for Rules {
+    fn from_iter<I: IntoIterator<Item = (u64, Rule)>>(rules: I) -> Self {
+        let mut all = Self::default();
+        for (handle, rule) in rules {
+            all.insert(handle, rule);
+        }
+        all
     }
 }
 

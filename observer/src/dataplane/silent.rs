@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::task::spawn_blocking;
 use tracing::{debug, warn};
 
-use super::reach::{self, Reached};
+use super::reach::Reached;
 use super::rules::Family;
 use super::{Counters, Dataplane, Settings, cilium, ipvs, legacy};
 use crate::clock;
@@ -104,8 +104,8 @@ impl Reader {
                 let reading = reader.read()?;
                 let size = u32::try_from(reading.size_bytes).unwrap_or(u32::MAX);
                 Ok(Reading {
-                    reached: reach::walk(&reading.table),
-                    in_use: reading.table.chains.contains_key(KUBE_SERVICES),
+                    reached: reading.evaluated.reached,
+                    in_use: reading.evaluated.is_kube_proxys,
                     call: LEGACY_CALL + LEGACY_CALL_PER_BYTE * size,
                 })
             }

@@ -4,9 +4,11 @@
 //! Numbers here are in the machine's byte order except addresses and ports. iptables 1.8.9 writes
 //! DNAT as revision 2 for both address families and `comment` as revision 0.
 
+use std::net::IpAddr;
+
 use super::names;
 use super::rules::{Effect, Family, Rule};
-use crate::facts::Protocol;
+use crate::facts::{Protocol, ServicePort};
 
 /// `NF_NAT_RANGE_MAP_IPS | NF_NAT_RANGE_PROTO_SPECIFIED`: both an address and a port are given.
 const MAPS_ADDRESS_AND_PORT: u32 = 1 | 2;
@@ -22,24 +24,48 @@ pub(super) fn protocol(number: u8) -> Option<Protocol> {
     }
 }
 
+/// What a match says of its rule.
+pub(super) enum Said<'d> {
+    /// The only protocol it is for.
+    Protocol(Protocol),
+    /// The Service port of its comment; `None` when the comment names none.
+    Service(Option<&'d str>),
+}
+
+/// What the match of this name says; `None` for one that decides nothing here.
+pub(super) fn said<'d>(name: &[u8], info: &'d [u8]) -> Option<Said<'d>> {
+    Some(match name {
+        b"tcp" => Said::Protocol(Protocol::Tcp),
+        b"udp" => Said::Protocol(Protocol::Udp),
+        b"sctp" => Said::Protocol(Protocol::Sctp),
+        b"comment" => {
+            let comment = std::str::from_utf8(text(info)).ok();
+            Said::Service(comment.and_then(names::start_of_comment))
+        }
+        _ => return None,
+    })
+}
+
 /// Takes from a match what it says of `rule`.
 pub(super) fn add_match(rule: &mut Rule, name: &[u8], info: &[u8]) {
-    match name {
-        b"tcp" => rule.protocol = Some(Protocol::Tcp),
-        b"udp" => rule.protocol = Some(Protocol::Udp),
-        b"sctp" => rule.protocol = Some(Protocol::Sctp),
-        b"comment" => {
-            rule.service = std::str::from_utf8(text(info)).ok().and_then(names::of_comment);
+    match said(name, info) {
+        Some(Said::Protocol(protocol)) => rule.protocol = Some(protocol),
+        Some(Said::Service(service)) => {
+            rule.service = service.map(|service| ServicePort(service.into()));
         }
-        _ => {}
+        None => {}
     }
 }
 
+/// The target that is destination NAT.
+pub(super) const DNAT: &[u8] = b"DNAT";
+
 /// Takes from a target what it does to new connections.
 pub(super) fn add_target(rule: &mut Rule, family: Family, name: &[u8], revision: u8, info: &[u8]) {
-    if name == b"DNAT" {
+    if name == DNAT {
         let destination = destination(family, revision, info);
-        rule.effects.push(destination.unwrap_or(Effect::SendUnknown));
+        let send = destination.map(|(address, port)| Effect::Send(address, port));
+        rule.effects.push(send.unwrap_or(Effect::SendUnknown));
     }
 }
 
@@ -49,9 +75,10 @@ pub(super) fn text(bytes: &[u8]) -> &[u8] {
     bytes.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 
-/// Reads `nf_nat_ipv4_multi_range_compat` (revision 0) or `nf_nat_range`, `nf_nat_range2`
-/// (revisions 1 and 2, which begin alike). A range of several addresses or ports is no backend.
-fn destination(family: Family, revision: u8, info: &[u8]) -> Option<Effect> {
+/// Where destination NAT sends to. Reads `nf_nat_ipv4_multi_range_compat` (revision 0) or
+/// `nf_nat_range`, `nf_nat_range2` (revisions 1 and 2, which begin alike). `None` for anything but
+/// one address and port: a range is no backend.
+pub(super) fn destination(family: Family, revision: u8, info: &[u8]) -> Option<(IpAddr, u16)> {
     let (flags, addresses, width) = match (revision, family) {
         (0, Family::V4) => (info.get(4..)?, info.get(8..)?, 4),
         (0, Family::V6) => return None,
@@ -65,7 +92,7 @@ fn destination(family: Family, revision: u8, info: &[u8]) -> Option<Effect> {
     let exact = flags & MAPS_ADDRESS_AND_PORT == MAPS_ADDRESS_AND_PORT
         && first.get(..family.address_bytes()) == last.get(..family.address_bytes())
         && first_port == last_port;
-    exact.then(|| family.address(first).map(|address| Effect::Send(address, first_port)))?
+    exact.then(|| family.address(first).map(|address| (address, first_port)))?
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use observer::dataplane::legacy::Reader;
-use observer::dataplane::{Counters, Family, reach};
+use observer::dataplane::{Counters, Family};
 
 use super::namespace::{dump, feed, in_namespace, nft, reached, shown};
 
@@ -58,11 +58,31 @@ fn ip6tables_legacy_backends_are_read() {
         let reader = Reader::open(Family::V6).expect("open").expect("IPv6");
         for rules in [IP6TABLES, &without_endpoint_comments()] {
             feed(&["ip6tables-legacy-restore"], rules);
-            let table = reader.read().expect("read the legacy nat table").table;
-            assert_eq!(shown(&reach::walk(&table).backends), web());
+            let reading = reader.read().expect("read the legacy nat table");
+            assert_eq!(shown(&reading.evaluated.reached.backends), web());
         }
         let v4 = Reader::open(Family::V4).expect("open").expect("IPv4");
-        assert!(v4.read().expect("no IPv4 table").table.chains.is_empty());
+        assert_eq!(v4.read().expect("no IPv4 table").size_bytes, 0);
+    });
+}
+
+#[test]
+fn legacy_rules_of_every_form_are_passed() {
+    in_namespace(|| {
+        let rules = "*nat\n:COUNTED - [0:0]\n:ELSEWHERE - [0:0]\n\
+            -A OUTPUT -m comment --comment \"no target\"\n\
+            -A OUTPUT -p tcp -g COUNTED\n\
+            -A OUTPUT -j RETURN\n\
+            -A COUNTED -d 198.51.100.1\n\
+            -A COUNTED -p tcp -d 198.51.100.1 -j DNAT --to-destination 10.0.0.1:80\n\
+            -A COUNTED -p tcp -d 198.51.100.2 -j DNAT --to-destination 10.0.0.2-10.0.0.9\n\
+            -A ELSEWHERE -p tcp -j DNAT --to-destination 10.0.0.3:80\n\
+            COMMIT\n";
+        feed(&["iptables-legacy-restore"], rules);
+        let reader = Reader::open(Family::V4).expect("open").expect("IPv4");
+        let reached = reader.read().expect("read the legacy nat table").evaluated.reached;
+        assert_eq!(shown(&reached.backends), BTreeSet::from(["- Tcp 10.0.0.1 80".to_owned()]));
+        assert_eq!(reached.unresolved, 1, "a range of addresses");
     });
 }
 

@@ -10,7 +10,7 @@ use nix::sched::{CloneFlags, unshare};
 use observer::dataplane::legacy::Reader;
 use observer::dataplane::nft::follow::Follow;
 use observer::dataplane::nft::{Arrival, Dumper, Subscription};
-use observer::dataplane::{Counters, Family, reach};
+use observer::dataplane::{Counters, Family};
 use observer::facts::Backend;
 
 /// Held by every test, and alone by those that measure times.
@@ -143,7 +143,7 @@ pub(crate) fn reached(follow: &Follow) -> BTreeSet<String> {
 /// The backends of the legacy nat table of an IP version.
 pub(crate) fn legacy_backends(family: Family) -> BTreeSet<String> {
     let reader = Reader::open(family).expect("open").expect("this IP version");
-    let reached = reach::walk(&reader.read().expect("read the legacy nat table").table);
+    let reached = reader.read().expect("read the legacy nat table").evaluated.reached;
     assert_eq!(reached.unresolved, 0);
     shown(&reached.backends)
 }

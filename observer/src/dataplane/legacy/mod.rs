@@ -2,9 +2,17 @@
 //!
 //! The kernel says nothing of legacy commits over netlink; a kernel program reports them. Reading
 //! a table that does not exist would create it, so `/proc/net/ip_tables_names` is looked at first.
+//!
+//! - `sockopt`: copies the table, which is most of what a reading costs. `blob`: its entries.
+//! - `chains`: cuts them into chains. `order`: which are passed when. `evaluate`: passes them.
 
 mod blob;
+mod chains;
+mod evaluate;
+mod order;
 mod sockopt;
+#[cfg(test)]
+mod written;
 
 use std::fs;
 use std::io;
@@ -13,8 +21,10 @@ use std::os::fd::OwnedFd;
 use anyhow::Context as _;
 use nix::errno::Errno;
 
-use super::rules::{Family, Table};
-pub use blob::{Malformed, parse};
+use super::rules::Family;
+pub use blob::Malformed;
+pub use evaluate::{Evaluated, evaluate};
+use sockopt::Copied;
 
 /// A table may be replaced between asking for its size and reading it; kube-proxy replaces at
 /// most a few times per second.
@@ -41,14 +51,15 @@ fn exists(family: Family) -> bool {
 /// # Errors
 /// Those of the socket calls; `WouldBlock` when the table changed in between.
 pub(crate) fn raw(family: Family) -> io::Result<(Vec<u8>, Vec<u8>)> {
-    sockopt::nat_table(&sockopt::open(family)?, family)
+    let copied = sockopt::nat_table(&sockopt::open(family)?, family)?;
+    Ok((copied.info.clone(), copied.entries().to_vec()))
 }
 
 /// A legacy nat table as it was at one moment.
 #[derive(Debug, Default)]
 pub struct Reading {
-    /// The table, reduced; empty when there is none.
-    pub table: Table,
+    /// What it does; nothing when there is none.
+    pub evaluated: Evaluated,
     /// Its size in the kernel, in bytes.
     pub size_bytes: usize,
 }
@@ -87,12 +98,7 @@ impl Reader {
         }
         for _ in 0..ATTEMPTS {
             match sockopt::nat_table(&self.socket, self.family) {
-                Ok((info, entries)) => {
-                    let table = parse(self.family, &info, &entries)
-                        .ok()
-                        .context("the legacy nat table is not laid out as expected")?;
-                    return Ok(Reading { table, size_bytes: entries.len() });
-                }
+                Ok(copied) => return self.evaluate(&copied),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => {
                     return Err(error).context("read the legacy nat table (needs CAP_NET_ADMIN)");
@@ -100,5 +106,12 @@ impl Reader {
             }
         }
         anyhow::bail!("the legacy nat table changed {ATTEMPTS} times while it was read")
+    }
+
+    fn evaluate(&self, copied: &Copied) -> anyhow::Result<Reading> {
+        let evaluated = evaluate(self.family, &copied.info, copied.entries())
+            .ok()
+            .context("the legacy nat table is not laid out as expected")?;
+        Ok(Reading { evaluated, size_bytes: copied.entries().len() })
     }
 }
