@@ -71,7 +71,8 @@ impl Follower {
         follower.nft = follower.dump().await?;
         let mut reached = follower.all_nft();
         for table in follower.silent.all() {
-            match follower.silent.read(table).await {
+            // Whoever only wants to know what is present hears of no commit that tore the reading.
+            match follower.silent.read_unannounced(table).await {
                 Some(reading) => reached.push((Origin::Silent(table), reading.reached)),
                 None => follower.silent.unread(table, at),
             }
