@@ -3,7 +3,8 @@
 //! Every type is `repr(C)`, fixed width and free of implicit padding, so that both sides see the
 //! same bytes; sizes and offsets are asserted below at compile time. There is no logic here.
 //!
-//! Addresses are [`Ip`]s, IPv4 as IPv4-mapped IPv6 (RFC 4291 §2.5.5.2). Ports are in host order. Times are nanoseconds of `CLOCK_BOOTTIME` (`bpf_ktime_get_boot_ns`, Linux 5.8).
+//! Addresses are [`Ip`]s, IPv4 as IPv4-mapped IPv6 (RFC 4291 §2.5.5.2). Ports are in host order.
+//! Times are nanoseconds of `CLOCK_BOOTTIME` (`bpf_ktime_get_boot_ns`, Linux 5.8).
 
 #![no_std]
 
@@ -20,8 +21,8 @@ pub mod signal {
     pub const LISTENER_OPENED: u32 = 2;
     /// A socket left `LISTEN`.
     pub const LISTENER_CLOSED: u32 = 3;
-    /// A RST answered a SYN that met no socket: the peer sees "connection refused". `code` is 1 when
-    /// it was counted for a local pod.
+    /// A RST answered a SYN that met no socket: the peer sees "connection refused". `code` is 1
+    /// when it was counted for a local pod.
     pub const REFUSED: u32 = 4;
     /// A RST answered any other segment that met no socket.
     pub const STRAY_RESET: u32 = 5;
@@ -50,8 +51,8 @@ pub mod signal {
     /// Elements of a map in `WATCHED_MAPS` were changed by a `bpf(2)` call. Counted each time; sent
     /// for the first of each map in [`super::MAP_COMMIT_WINDOW_NS`]. `code` is the map's id.
     pub const MAP_COMMIT: u32 = 16;
-    /// As [`LEGACY_COMMIT`], where the kernel's own function is hooked: `code` is how long it took, as
-    /// in [`IPVS_COMMIT`], and the protocol family is not known.
+    /// As [`LEGACY_COMMIT`], where the kernel's own function is hooked: `code` is how long it took,
+    /// as in [`IPVS_COMMIT`], and the protocol family is not known.
     pub const LEGACY_CALL: u32 = 17;
     /// How many signals there are.
     pub const COUNT: u32 = 18;

@@ -42,8 +42,8 @@ pub fn service_call() -> u32 {
 
 /// Return of any of them. Also of one that failed: the table is then found as it was.
 ///
-/// Before Linux 7.2 a flush calls what deletes a service: the inner call's return takes the entry, and
-/// nothing changes between the last of these and the outer return.
+/// Before Linux 7.2 a flush calls what deletes a service: the inner call's return takes the entry,
+/// and nothing changes between the last of these and the outer return.
 #[inline(always)]
 pub fn returned(ctx: &impl EbpfContext) -> u32 {
     let mut event = report::event(signal::IPVS_COMMIT);

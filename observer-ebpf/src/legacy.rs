@@ -12,8 +12,8 @@ use crate::{
 /// Offset of `name` in `struct xt_table` (include/linux/netfilter/x_tables.h), from Linux 5.10 to
 /// 7.2; from 6.1 on it is in no BTF of the kernel proper.
 const NAME: u32 = 56;
-/// The tables that send nothing anywhere, as the first eight bytes of their names. Any other name, or
-/// none where the offset is another, may be `nat`.
+/// The tables that send nothing anywhere, as the first eight bytes of their names. Any other name,
+/// or none where the offset is another, may be `nat`.
 const OTHER_TABLES: [[u8; 8]; 4] =
     [*b"filter\0\0", *b"mangle\0\0", *b"raw\0\0\0\0\0", *b"security"];
 

@@ -1,6 +1,6 @@
 //! The attach points. Each hook returns early for what it does not care about, then hands over to
-//! the stage that reads the kernel's structures (`socket`, `packet`, `task`, `bpf_call`) and to `report`,
-//! which counts and sends.
+//! the stage that reads the kernel's structures (`socket`, `packet`, `task`; for commits also
+//! `bpf_call`, `commit`, `ipvs`, `legacy`) and to `report`, which counts and sends.
 //!
 //! Which of these programs are attached is the daemon's choice: it reads the running kernel's BTF
 //! and leaves out what that kernel cannot run. Names are the daemon's contract: see
@@ -52,8 +52,8 @@ pub fn socket_error(ctx: BtfTracePointContext) -> i32 {
     socket::error_reported(&ctx)
 }
 
-/// `icmp_send(skb, type, code)`, absent in Linux 5.10: this node answers a packet by ICMP (IPv4 only: there
-/// is no such tracepoint for ICMPv6).
+/// `icmp_send(skb, type, code)`, absent in Linux 5.10: this node answers a packet by ICMP (IPv4
+/// only: there is no such tracepoint for ICMPv6).
 #[btf_tracepoint(function = "icmp_send")]
 pub fn icmp_sent(ctx: BtfTracePointContext) -> i32 {
     packet::icmp_sent(&ctx, ctx.arg(1), ctx.arg(2))
@@ -88,7 +88,8 @@ pub fn process_leader_exited(ctx: BtfTracePointContext) -> i32 {
     task::leader_exited(&ctx)
 }
 
-/// `mark_victim(task, uid)`; older kernels pass a bare pid (5.10 does, 6.1.192 does not): BTF decides.
+/// `mark_victim(task, uid)`; older kernels pass a bare pid (5.10 does, 6.1.192 does not): BTF
+/// decides.
 #[btf_tracepoint(function = "mark_victim")]
 pub fn oom_victim(ctx: BtfTracePointContext) -> i32 {
     task::happened(&ctx, signal::OOM_KILLED)

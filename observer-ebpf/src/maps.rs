@@ -11,9 +11,9 @@ use observer_common::{ArrivalCount, ArrivalKey, Event, Ip, ProbedPort, SignalCou
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 
-/// When each thread began its latest commit to `nf_tables` and the one before (`CLOCK_BOOTTIME`, ns;
-/// 0: none). The program inserts, nobody deletes. Full: the entry that was used least recently goes,
-/// of a process long gone.
+/// When each thread began its latest commit to `nf_tables` and the one before (`CLOCK_BOOTTIME`,
+/// ns; 0: none). The program inserts, nobody deletes. Full: the entry that was used least recently
+/// goes, of a process long gone.
 #[map]
 pub static TASK_TO_COMMITS: LruHashMap<u32, [u64; 2]> = LruHashMap::with_max_entries(1_024, 0);
 
@@ -62,9 +62,10 @@ pub static WATCHED_MAPS: HashMap<u32, u64> = HashMap::with_max_entries(64, 0);
 #[map]
 pub static KEY_TO_BUDGET: LruHashMap<BudgetKey, Budget> = LruHashMap::with_max_entries(8_192, 0);
 
-/// The IPVS call that a thread is in. `ipvs` inserts at its entry and deletes at its return. The
-/// kernel evicts the least recently used when full: that call's length and destination are then not
-/// known. Calls wait for each other, so one entry is the rule.
+/// The call of IPVS or legacy iptables that a thread is in. `call` inserts at its entry and deletes
+/// at its return. The kernel evicts the least recently used when full: an IPVS call's length and
+/// destination are then not known, and a legacy call is not told. Calls wait for each other, so one
+/// entry of each kind is the rule.
 #[map]
 pub static THREAD_TO_CALL: LruHashMap<u64, Call> = LruHashMap::with_max_entries(1_024, 0);
 

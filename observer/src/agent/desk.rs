@@ -122,8 +122,11 @@ impl Desk {
                     // Whoever asked may have hung up.
                     let _unheard = question.send(self.correlator.timelines());
                 }
-                _ = look.tick(), if self.correlator.is_terminating() => {
-                    self.hooks.look(clock::now());
+                // The condition is asked again for every fact, so it looks at no pod.
+                _ = look.tick(), if self.hooks.lack_one() => {
+                    if self.correlator.is_terminating() {
+                        self.hooks.look(clock::now());
+                    }
                 }
                 _ = tick.tick() => {
                     self.tick(clock::now(), &inbox)?;

@@ -181,10 +181,19 @@ impl CommitHooks {
         Ok(())
     }
 
+    /// Whether nothing tells of the commits of some table.
+    pub(super) fn lack_one(&self) -> bool {
+        self.lacking().next().is_some()
+    }
+
+    fn lacking(&self) -> impl Iterator<Item = &Hook> {
+        self.hooks.iter().filter(|hook| hook.wanted && !hook.attached)
+    }
+
     /// Has the tables looked at whose commits nothing tells of. One look more or less does not
     /// matter, so a full queue is no loss.
     pub(super) fn look(&self, now: BootNs) {
-        for hook in self.hooks.iter().filter(|hook| hook.wanted && !hook.attached) {
+        for hook in self.lacking() {
             for table in hook.tables {
                 let _full = self.signals.try_send(CommitSignal::Look { at: now, table: *table });
             }

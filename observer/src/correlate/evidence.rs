@@ -239,10 +239,11 @@ impl Evidence {
 }
 
 /// Drops what a backend did before `horizon` but for its latest step; whether anything of use is
-/// left: a backend that was removed before it is not.
+/// left: a backend that was removed before it is not. One that drains is: its removal, however much
+/// later, must not pass for the end of new connections.
 fn keep_since(steps: &mut BackendSteps, horizon: BootNs) -> bool {
     let Some((latest, (step, _))) = steps.last_key_value() else { return false };
     let (latest, step) = (*latest, *step);
     steps.retain(|at, _| *at >= horizon || *at == latest);
-    step == BackendStep::Added || latest >= horizon
+    step != BackendStep::Removed || latest >= horizon
 }

@@ -65,6 +65,51 @@ fn a_backend_that_is_put_back_is_not_removed() {
 }
 
 #[test]
+fn a_backend_is_removed_when_it_begins_to_drain_and_its_end_is_kept_too() {
+    let timeline = timeline(
+        &correlate([
+            TELLER.backend(500, BackendStep::Added),
+            TELLER.seen(1_000),
+            TELLER.backend(10_300, BackendStep::Draining),
+            TELLER.deleted(10_200),
+            TELLER.backend(70_000, BackendStep::Removed),
+        ]),
+        POD,
+    );
+    assert_seconds(timeline.gap_seconds(), 0.1);
+    let moment = |instant: Option<Instant>| instant.map(|instant| instant.at);
+    assert_eq!(timeline.removals.len(), 1);
+    assert_eq!(moment(timeline.removals[0].backend_removed), Some(at(10_300)));
+    assert_eq!(moment(timeline.removals[0].drained), Some(at(70_000)));
+}
+
+#[test]
+fn a_drained_backend_that_is_sent_to_again_is_not_removed() {
+    let drained = TELLER.story().into_iter().chain([
+        TELLER.backend(10_220, BackendStep::Draining),
+        TELLER.backend(11_600, BackendStep::Added),
+    ]);
+    let timeline = timeline(&correlate(drained), POD);
+    assert_eq!((timeline.backend_removed, timeline.removals[0].drained), (None, None));
+}
+
+#[test]
+fn what_drained_long_before_the_deletion_is_no_backend_of_it() {
+    let minutes = |count: u64| count * 60_000;
+    let mut correlator = correlate([
+        TELLER.backend(500, BackendStep::Added),
+        TELLER.seen(1_000),
+        // Unready; kube-proxy keeps the destination for a connection, at most 15 minutes.
+        TELLER.backend(2_000, BackendStep::Draining),
+    ]);
+    correlator.advance(at(minutes(12)));
+    record(&mut correlator, TELLER.deleted(minutes(13)));
+    record(&mut correlator, TELLER.backend(minutes(15), BackendStep::Removed));
+    let timeline = timeline(&correlator, POD);
+    assert_eq!((timeline.removals, timeline.backend_removed), (Vec::new(), None));
+}
+
+#[test]
 fn a_pod_in_no_rule_has_no_gap_but_a_tail() {
     let facts = TELLER.story().into_iter().filter(|fact| !matches!(fact, Fact::Backend(_)));
     let timeline = timeline(&correlate(facts), POD);

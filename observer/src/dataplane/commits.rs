@@ -30,7 +30,8 @@ impl Commit {
         Self { at, table, call: None, destination: None }
     }
 
-    /// What an event of a kernel hook tells, one for each table; nothing when it is of another kind.
+    /// What an event of a kernel hook tells, one for each table; nothing when it is of another
+    /// kind.
     #[must_use]
     pub fn told_by(event: &KernelEvent) -> Vec<Self> {
         let to = |table, call_ns: u32| Self {
@@ -58,14 +59,15 @@ impl Commit {
         self.at.plus(self.table.window())
     }
 
-    /// Whether it may have taken effect within `(begun, ended]`.
-    pub(super) fn may_fall_into(&self, begun: BootNs, ended: BootNs) -> bool {
-        self.settled() > begun && self.begun() <= ended
+    /// Whether it may have taken effect within `(begun, ended]`, where a call that was not measured
+    /// may have taken as long as `call`.
+    pub(super) fn may_fall_into(&self, begun: BootNs, ended: BootNs, call: Duration) -> bool {
+        self.settled() > begun && self.begun(call) <= ended
     }
 
-    /// When its call began, as far as that was measured.
-    pub(super) fn begun(&self) -> BootNs {
-        self.at.minus(self.call.unwrap_or_default())
+    /// When its call began, which took `call` if it was not measured.
+    pub(super) fn begun(&self, call: Duration) -> BootNs {
+        self.at.minus(self.call.unwrap_or(call))
     }
 
     fn may_change(&self, backend: &Backend) -> bool {
@@ -103,9 +105,8 @@ impl Commits {
 
     /// When the first of some calls began, and when the last of them was over.
     fn span<'a>(&self, commits: impl Iterator<Item = &'a Commit>) -> Option<(BootNs, BootNs)> {
-        let begun = |commit: &Commit| commit.at.minus(commit.call.unwrap_or(self.call));
         commits
-            .map(|commit| (begun(commit), commit.settled()))
+            .map(|commit| (commit.begun(self.call), commit.settled()))
             .reduce(|one, other| (one.0.min(other.0), one.1.max(other.1)))
     }
 }
@@ -175,10 +176,17 @@ mod tests {
 
     #[test]
     fn a_call_that_was_under_way_when_a_reading_ended_may_fall_into_it() {
-        let into = |at, ns| call(at, ns, "none").may_fall_into(BootNs(1_000), BootNs(2_000));
+        let (begun, ended) = (BootNs(1_000), BootNs(2_000));
+        let into = |at, ns| call(at, ns, "none").may_fall_into(begun, ended, BOUND);
         assert!(!into(1_000, 10), "it was over");
         assert!(into(1_001, 10));
         assert!(into(2_100, 100));
         assert!(!into(2_100, 99), "it began later");
+        let unmeasured = |at| {
+            let commit = Commit::new(BootNs(at), SilentTable::Legacy(Family::V4));
+            commit.may_fall_into(begun, ended, BOUND)
+        };
+        assert!(unmeasured(2_050));
+        assert!(!unmeasured(2_051), "it cannot have begun before");
     }
 }

@@ -44,6 +44,8 @@ pub(super) struct Follower {
     backends: Backends,
     detector: Detector,
     updates: Sender<Update>,
+    /// Signals that were received while a table was read, in their order.
+    ahead: VecDeque<CommitSignal>,
 }
 
 impl Follower {
@@ -62,13 +64,15 @@ impl Follower {
             backends: Backends::default(),
             detector: Detector::new(settings.dataplane),
             updates,
+            ahead: VecDeque::new(),
         };
         // Taken before the reads: a later commit is a change of its own.
         let at = clock::now();
         follower.nft = follower.dump().await?;
         let mut reached = follower.all_nft();
         for table in follower.silent.all() {
-            match follower.silent.read(table).await {
+            // Whoever only wants to know what is present hears of no commit that tore the reading.
+            match follower.silent.read_unannounced(table).await {
                 Some(reading) => reached.push((Origin::Silent(table), reading.reached)),
                 None => follower.silent.unread(table, at),
             }
@@ -177,50 +181,50 @@ impl Follower {
         tables.map(|table| (Origin::Nft(table.clone()), ruleset.reached(table))).collect()
     }
 
-    /// Reads the tables that `signal` and those waiting behind it ask for.
-    pub(super) async fn take_signal(
-        &mut self,
-        signal: CommitSignal,
-        signals: &mut Receiver<CommitSignal>,
-    ) {
-        let mut ahead = VecDeque::from([signal]);
-        while let Some(signal) = ahead.pop_front() {
-            match signal {
-                CommitSignal::Missed { from, .. } => {
-                    for table in self.silent.all() {
-                        self.silent.unread(table, from);
-                    }
-                    self.read_unread().await;
+    /// Takes a signal in; [`Self::take_ahead`] works on it.
+    pub(super) fn note_signal(&mut self, signal: CommitSignal) {
+        self.ahead.push_back(signal);
+    }
+
+    /// Whether signals wait for [`Self::take_ahead`].
+    pub(super) fn has_ahead(&self) -> bool {
+        !self.ahead.is_empty()
+    }
+
+    /// Reads the table that the next signal asks for. One signal at a time: while a table changes
+    /// without end, the others have to be followed too.
+    pub(super) async fn take_ahead(&mut self, signals: &mut Receiver<CommitSignal>) {
+        match self.ahead.pop_front() {
+            Some(CommitSignal::Missed { from, .. }) => {
+                for table in self.silent.all() {
+                    self.silent.unread(table, from);
                 }
-                CommitSignal::Look { at, table } => self.look(at, table).await,
-                CommitSignal::Commit(commit) => {
-                    self.counters.commits.increase();
-                    self.take_commit(commit, &mut ahead, signals).await;
-                }
+                self.read_unread().await;
             }
+            Some(CommitSignal::Look { at, table }) => self.look(at, table).await,
+            Some(CommitSignal::Commit(commit)) => {
+                self.counters.commits.increase();
+                self.take_commit(commit, signals).await;
+            }
+            None => {}
         }
     }
 
-    /// Reads the table after a commit to it; the commits among `ahead` that the reading shows too
-    /// are taken out of there.
-    async fn take_commit(
-        &mut self,
-        commit: Commit,
-        ahead: &mut VecDeque<CommitSignal>,
-        signals: &mut Receiver<CommitSignal>,
-    ) {
+    /// Reads the table after a commit to it; the commits ahead that the reading shows too are taken
+    /// out of there.
+    async fn take_commit(&mut self, commit: Commit, signals: &mut Receiver<CommitSignal>) {
         let table = commit.table;
         if self.silent.is_unread(table) {
             self.read_unread().await;
             return;
         }
-        let (reading, read_at) = self.read_between_commits(&commit, ahead, signals).await;
-        let shown = commits_shown(ahead, commit, read_at);
+        let (reading, begun, ended) = self.read_between_commits(&commit, signals).await;
+        let shown = commits_shown(&mut self.ahead, commit, begun);
         if let Some(reading) = reading {
-            let commits = Commits::new(shown, reading.call, clock::now());
+            let commits = Commits::new(shown, reading.call, ended);
             self.replace(table, reading, |backend| commits.when(backend)).await;
         } else {
-            let begun = shown.iter().map(Commit::begun).min();
+            let begun = shown.iter().map(|commit| commit.begun(Duration::ZERO)).min();
             self.silent.unread(table, begun.unwrap_or(commit.at));
         }
     }
@@ -242,26 +246,26 @@ impl Follower {
     }
 
     /// Reads a table such that no commit to it falls into the reading, for whether its outcome was
-    /// read could then not be told: not `commit`, nor a later one. Everything up to the returned
-    /// moment was read. `ahead` takes what is signalled meanwhile.
+    /// read could then not be told: not `commit`, nor a later one. Gives when the reading began,
+    /// everything up to which it shows, and when it ended.
     async fn read_between_commits(
         &mut self,
         commit: &Commit,
-        ahead: &mut VecDeque<CommitSignal>,
         signals: &mut Receiver<CommitSignal>,
-    ) -> (Option<Reading>, BootNs) {
+    ) -> (Option<Reading>, BootNs, BootNs) {
         let table = commit.table;
-        let (mut settled, mut begun) = (commit.settled(), commit.at);
+        let (mut settled, mut begun, mut ended) = (commit.settled(), commit.at, commit.at);
         for _ in 0..ATTEMPTS {
             sleep(settled.since(clock::now())).await;
             begun = clock::now();
             let reading = self.silent.read(table).await;
-            let ended = clock::now();
+            ended = clock::now();
             sleep(SETTLE).await;
-            ahead.extend(std::iter::from_fn(|| signals.try_recv().ok()));
-            let torn = ahead.iter().filter_map(|signal| match signal {
+            self.ahead.extend(std::iter::from_fn(|| signals.try_recv().ok()));
+            let call = reading.as_ref().map_or(Duration::ZERO, |reading| reading.call);
+            let torn = self.ahead.iter().filter_map(|signal| match signal {
                 CommitSignal::Commit(commit)
-                    if commit.table == table && commit.may_fall_into(begun, ended) =>
+                    if commit.table == table && commit.may_fall_into(begun, ended, call) =>
                 {
                     Some(commit.settled())
                 }
@@ -269,11 +273,11 @@ impl Follower {
             });
             match torn.max() {
                 Some(last) => settled = last,
-                None => return (reading, begun),
+                None => return (reading, begun, ended),
             }
         }
         self.counters.table_failures.increase();
-        (None, begun)
+        (None, begun, ended)
     }
 
     /// Whether a table could not be read: what it holds is not known until
@@ -283,9 +287,11 @@ impl Follower {
     }
 
     /// Reads the tables that are unknown. One that cannot be read stays so, and the time until now
-    /// is blind all the same: a termination may end before the table can be read.
+    /// is blind all the same: a termination may end before the table can be read. Waits for the
+    /// commits that may follow the latest one and are not told: nothing else would have them read.
     pub(super) async fn read_unread(&mut self) {
         for (table, from) in self.silent.all_unread() {
+            sleep(table.window()).await;
             let reading = self.silent.read(table).await;
             let until = clock::now();
             let source = "commits of a table";

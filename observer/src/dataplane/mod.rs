@@ -98,9 +98,9 @@ pub enum CommitSignal {
         /// Which table.
         table: SilentTable,
     },
-    /// Commits of this span may not be reported: the hook was not attached yet, or events were
-    /// lost. Sent once after the hook is attached, with the last moment when it was not needed (or
-    /// the observer's start) as `from`.
+    /// Commits of this span may not be reported: a hook was not attached yet, or events were lost.
+    /// After a hook is attached, `from` is the last moment when it was not needed (or the observer's
+    /// start).
     Missed {
         /// The last moment without a loss.
         from: BootNs,

@@ -1,5 +1,6 @@
 //! The shell: waits for whatever comes first and lets the [`Follower`] work on it.
 
+use std::future::ready;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -49,7 +50,8 @@ pub async fn run(
     while !updates.is_closed() {
         tokio::select! {
             arrival = follower.next() => follower.take(arrival?).await?,
-            Some(signal) = signals.recv() => follower.take_signal(signal, &mut signals).await,
+            Some(signal) = signals.recv(), if !follower.has_ahead() => follower.note_signal(signal),
+            () = ready(()), if follower.has_ahead() => follower.take_ahead(&mut signals).await,
             _ = retry.tick(), if follower.has_unread() => follower.read_unread().await,
             () = updates.closed() => {}
         }

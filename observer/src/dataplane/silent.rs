@@ -198,8 +198,8 @@ impl SilentTables {
         self.read_at.get(&table).copied()
     }
 
-    /// As [`Self::read`], of a table whose changes nothing tells of: two readings have to agree when
-    /// one may be torn.
+    /// As [`Self::read`], of a table whose changes nothing tells of, or nobody has heard of yet: two
+    /// readings have to agree when one may be torn.
     pub(super) async fn read_unannounced(&mut self, table: SilentTable) -> Option<Reading> {
         let mut reading = self.read(table).await?;
         if !table.comes_in_pieces() {
@@ -213,6 +213,8 @@ impl SilentTables {
             self.counters.interrupted_reads.increase();
             reading = again;
         }
+        self.counters.table_failures.increase();
+        warn!("{} changed during each of {ATTEMPTS} readings; trying again", table.dataplane());
         None
     }
 

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use observer::clock;
 use observer::dataplane::{
     Commit, CommitSignal, Counters, Family, Settings, SilentTable, Status, Update, run,
 };
@@ -89,6 +90,20 @@ impl Running {
             .send(CommitSignal::Commit(Commit::new(at, SilentTable::Legacy(family))))
             .await
             .expect("it still runs");
+    }
+
+    /// Tells it of commits to a legacy table, always of some more before it has read one's outcome.
+    pub(crate) fn legacy_commits_without_end(&self) {
+        let (signals, start) = (self.signals.clone(), clock::now());
+        tokio::spawn(async move {
+            for step in 0.. {
+                let at = start.plus(Duration::from_millis(5) * step);
+                let commit = Commit::new(at, SilentTable::Legacy(Family::V4));
+                if signals.send(CommitSignal::Commit(commit)).await.is_err() {
+                    return;
+                }
+            }
+        });
     }
 
     /// Tells it that commits to legacy tables may have gone unnoticed.

@@ -93,6 +93,17 @@ fn small_commits_as_kube_proxy_makes_them_are_followed() {
 }
 
 #[test]
+fn a_table_that_changes_without_end_keeps_no_other_from_being_followed() {
+    in_runtime(async || {
+        nft(&nftables("0-before"));
+        let (mut running, _) = Running::start(ROOMY_BYTES).await;
+        running.legacy_commits_without_end();
+        nft(&format!("delete table ip kube-proxy\n{}", nftables("1-terminating")));
+        assert_eq!(running.reported().await.removed(), expected(&[20], &[]));
+    });
+}
+
+#[test]
 fn lost_messages_make_a_span_blind_and_the_outcome_uncertain() {
     in_crowded_runtime(async || {
         nft(&nftables("0-before"));
