@@ -27,6 +27,7 @@ pub(crate) fn timeline() -> Timeline {
             service: Some(ServicePort("default/web:http".into())),
             endpoint_terminating: after_ms(20, Source::SliceWatch),
             backend_removed,
+            draining: false,
             drained: None,
         }],
         backend_removed,

@@ -197,6 +197,9 @@ pub struct Removal {
     pub endpoint_terminating: Option<Instant>,
     /// When new connections ceased to be sent to it.
     pub backend_removed: Option<Instant>,
+    /// Whether it is kept for the connections it has.
+    #[serde(default)]
+    pub draining: bool,
     /// When a backend that was kept for the connections it had (IPVS: weight 0 since
     /// `backendRemoved`) was deleted; null while it is kept, or when it never was.
     #[serde(default)]
@@ -284,6 +287,7 @@ fn to_removal(removal: &correlate::Removal, offset: WallOffset) -> Removal {
         service: removal.service.as_ref().map(|service| service.0.to_string()),
         endpoint_terminating: removal.endpoint_terminating.map(|at| to_instant(at, offset)),
         backend_removed: removal.backend_removed.map(|at| to_instant(at, offset)),
+        draining: removal.draining,
         drained: removal.drained.map(|at| to_instant(at, offset)),
     }
 }

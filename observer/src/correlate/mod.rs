@@ -153,8 +153,34 @@ impl Correlator {
             self.closed.push_back(timeline.clone());
         }
         self.closed.drain(..self.closed.len().saturating_sub(MAX_CLOSED));
+        self.note_drained();
         self.forget(now);
         ended
+    }
+
+    /// A backend may be drained long after its pod is gone, when the timeline is closed.
+    fn note_drained(&mut self) {
+        let mut closed = std::mem::take(&mut self.closed);
+        let assembler = self.assembler();
+        for timeline in &mut closed {
+            if !timeline.removals.iter().any(|removal| removal.draining) {
+                continue;
+            }
+            let pod = self.pods.get(&timeline.uid);
+            let Some(now) = pod.and_then(|pod| assembler.timeline(&timeline.uid, pod)) else {
+                continue;
+            };
+            for removal in timeline.removals.iter_mut().filter(|removal| removal.draining) {
+                let is_same = |later: &&Removal| {
+                    (&later.service, later.backend_removed)
+                        == (&removal.service, removal.backend_removed)
+                };
+                if let Some(later) = now.removals.iter().find(is_same) {
+                    (removal.draining, removal.drained) = (later.draining, later.drained);
+                }
+            }
+        }
+        self.closed = closed;
     }
 
     /// The addresses of this node's pods, old ones included while their facts are kept.

@@ -36,13 +36,14 @@ impl Assembler<'_> {
                 }
                 let gone = pod.gone_from(&keys);
                 let fate = fate(steps, floor, next_owner, gone);
-                let Fate::Backend { backend_removed, drained } = fate else { continue };
+                let Fate::Backend { backend_removed, draining, drained } = fate else { continue };
                 let terminating =
                     keys.iter().filter_map(|key| endpoint_terminating(pod, key, floor, requested));
                 let removal = Removal {
                     service: backend.service.clone(),
                     endpoint_terminating: earliest(terminating),
                     backend_removed,
+                    draining,
                     drained,
                 };
                 removals.push((backend.clone(), removal));
@@ -69,7 +70,7 @@ enum Fate {
     /// The rules did not have it when the termination began, nor since.
     NoBackend,
     /// They had it; the removal and the end of draining, once they happened.
-    Backend { backend_removed: Option<Instant>, drained: Option<Instant> },
+    Backend { backend_removed: Option<Instant>, draining: bool, drained: Option<Instant> },
 }
 
 /// Follows one backend's steps from the floor on, up to the next owner of its address: as the pod
@@ -112,7 +113,8 @@ fn fate(
         }
         before = Some(*step);
     }
-    if known { Fate::Backend { backend_removed, drained } } else { Fate::NoBackend }
+    let draining = before == Some(BackendStep::Draining);
+    if known { Fate::Backend { backend_removed, draining, drained } } else { Fate::NoBackend }
 }
 
 /// The last removal, once all backends are removed.

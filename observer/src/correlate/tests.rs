@@ -84,6 +84,25 @@ fn a_backend_is_removed_when_it_begins_to_drain_and_its_end_is_kept_too() {
 }
 
 #[test]
+fn a_closed_timeline_still_learns_when_its_backend_was_drained() {
+    let is_removal =
+        |fact: &Fact| matches!(fact, Fact::Backend(change) if change.step == BackendStep::Removed);
+    let facts = TELLER.story().into_iter().filter(|fact| !is_removal(fact));
+    let mut correlator = correlate(facts.chain([TELLER.backend(11_500, BackendStep::Draining)]));
+    assert_eq!(correlator.advance(at(60_000)).len(), 1);
+    let removal = |correlator: &Correlator| timeline(correlator, POD).removals.remove(0);
+    assert!(removal(&correlator).draining);
+    record(&mut correlator, TELLER.backend(90_000, BackendStep::Removed));
+    correlator.advance(at(91_000));
+    let removal = removal(&correlator);
+    assert_eq!(removal.drained.map(|drained| drained.at), Some(at(90_000)));
+    assert_eq!(
+        (removal.backend_removed.map(|at| at.at), removal.draining),
+        (Some(at(11_500)), false)
+    );
+}
+
+#[test]
 fn a_drained_backend_that_is_sent_to_again_is_not_removed() {
     let drained = TELLER.story().into_iter().chain([
         TELLER.backend(10_220, BackendStep::Draining),

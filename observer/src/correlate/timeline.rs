@@ -38,6 +38,8 @@ pub struct Removal {
     pub endpoint_terminating: Option<Instant>,
     /// When new connections ceased to be sent to it; `None` while they still are.
     pub backend_removed: Option<Instant>,
+    /// Whether it is kept for the connections it has.
+    pub draining: bool,
     /// When a backend that was kept for the connections it had (IPVS: weight 0 since
     /// `backend_removed`) was deleted; `None` while it is kept, or when it never was.
     pub drained: Option<Instant>,
