@@ -49,7 +49,7 @@ impl Hooked {
         self.counters.read().expect("counts").signals[index.expect("the signal")].seen
     }
 
-    /// The maps of the changes that were told up to now, of which there have to be so many at least.
+    /// The maps of the changes that were told up to now: so many at least.
     async fn told(&mut self, expected: usize) -> Vec<u32> {
         let mut told = Vec::new();
         while told.len() < expected {

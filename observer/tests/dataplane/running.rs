@@ -16,8 +16,8 @@ use super::namespace::{captured, expected, feed, in_namespace, nft};
 
 const API: &[&str] = &["default/kubernetes:https Tcp 10.99.0.1 6443"];
 
-/// As [`in_runtime`], with the tools and all threads on one processor: most of what a tool commits at
-/// once is then not read meanwhile, however many processors there are.
+/// As [`in_runtime`], with the tools and all threads on one processor: most of what a tool commits
+/// at once is then not read meanwhile, however many processors there are.
 fn in_crowded_runtime<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
     in_namespace(move || {
         let this = Pid::from_raw(0);
