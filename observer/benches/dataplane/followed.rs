@@ -12,7 +12,7 @@ use observer::facts::{BackendStep, BootNs};
 use tokio::sync::mpsc;
 
 use crate::memory;
-use crate::place::Place;
+use crate::place::{Place, own_cpu};
 use crate::rules;
 use crate::threads::Threads;
 use crate::witness::Witness;
@@ -69,7 +69,7 @@ impl Followed {
         let others = Threads::of_this_process()?;
         let heap_before = memory::in_use_bytes();
         memory::take_peak_bytes();
-        let began = clock::now();
+        let (began, cpu_before) = (clock::now(), own_cpu()?);
         thread::Builder::new().name("follower".to_owned()).spawn(move || {
             let (_legacy, signals) = mpsc::channel(1);
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -84,9 +84,10 @@ impl Followed {
         ensure!(found == expected, "{found} of {expected} backends were read");
         drop(backends);
         let mut threads = Threads::of_this_process()?.without(&others);
+        threads.cpu_at_rest();
         let start = Start {
             elapsed: at.since(began),
-            cpu: threads.cpu_at_rest(),
+            cpu: own_cpu()?.saturating_sub(cpu_before),
             kept_bytes: memory::in_use_bytes().saturating_sub(heap_before),
             peak_bytes: memory::take_peak_bytes().saturating_sub(heap_before),
         };

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use report::Report;
 
 /// How large the sets of rules are, in Services.
@@ -32,9 +32,23 @@ struct Arguments {
     /// Also write the table, and how it was measured, to this file
     #[arg(long, value_name = "FILE")]
     save: Option<PathBuf>,
+    /// Measure only this kind of rules
+    #[arg(long, value_name = "KIND", conflicts_with = "save")]
+    only: Option<Kind>,
     /// Given by cargo
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+/// What wrote the rules.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// kube-proxy's nftables mode
+    Nftables,
+    /// kube-proxy's iptables mode over `nf_tables`
+    IptablesNft,
+    /// kube-proxy's iptables mode over the legacy tables
+    IptablesLegacy,
 }
 
 fn main() -> ExitCode {
@@ -52,9 +66,14 @@ fn main() -> ExitCode {
 #[expect(clippy::print_stdout, reason = "the table is what the bench is for")]
 fn run(arguments: &Arguments) -> Result<bool> {
     let mut report = Report::default();
-    measure::nftables(&mut report)?;
-    measure::iptables_nft(&mut report)?;
-    measure::iptables_legacy(&mut report)?;
+    let kinds = [Kind::Nftables, Kind::IptablesNft, Kind::IptablesLegacy];
+    for kind in kinds.into_iter().filter(|kind| arguments.only.is_none_or(|only| only == *kind)) {
+        match kind {
+            Kind::Nftables => measure::nftables(&mut report)?,
+            Kind::IptablesNft => measure::iptables_nft(&mut report)?,
+            Kind::IptablesLegacy => measure::iptables_legacy(&mut report)?,
+        }
+    }
     println!("{}", report.table());
     if let Some(file) = &arguments.save {
         fs::write(file, document(&report)?).with_context(|| format!("{}", file.display()))?;

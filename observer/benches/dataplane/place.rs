@@ -95,7 +95,16 @@ impl Place {
 
 /// The CPU of all child processes that ended.
 fn children_cpu() -> Result<Duration> {
-    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    cpu_of(UsageWho::RUSAGE_CHILDREN)
+}
+
+/// The CPU of this process, its threads that ended included.
+pub(crate) fn own_cpu() -> Result<Duration> {
+    cpu_of(UsageWho::RUSAGE_SELF)
+}
+
+fn cpu_of(whose: UsageWho) -> Result<Duration> {
+    let usage = getrusage(whose)?;
     let micros = |time: TimeVal| u64::try_from(time.num_microseconds()).unwrap_or_default();
     Ok(Duration::from_micros(micros(usage.user_time()) + micros(usage.system_time())))
 }

@@ -1,8 +1,8 @@
 //! What kube-proxy writes for many Services of five backends each, as text for the real tools.
 //!
 //! The layouts are those of the recordings in `tests/captures` (nftables: kube-proxy 1.36). Only the
-//! hashes in chain names differ, and only ClusterIP Services over TCP exist. Every iptables rule has
-//! a comment; kube-proxy leaves the endpoints' out above 1,000 endpoints, so this is the larger case.
+//! hashes in chain names differ, and only ClusterIP Services over TCP exist. Rules of endpoints have no
+//! comments: kube-proxy leaves them out in iptables mode above 1,000 endpoints, and here are more.
 
 use std::net::Ipv4Addr;
 use std::ops::Range;
@@ -193,23 +193,17 @@ COMMIT
                 let chance = 1.0 / f64::from(remaining);
                 format!("-m statistic --mode random --probability {chance:.10} ")
             };
-            let (pod, endpoint) = (pod(service, backend), endpoint_chain(service, backend));
-            line(
-                &mut rules,
-                &format!(
-                    "-A {chain} -m comment --comment \"{name} -> {pod}:{PORT}\" {chance}-j {endpoint}"
-                ),
-            );
+            let endpoint = endpoint_chain(service, backend);
+            line(&mut rules, &format!("-A {chain} {chance}-j {endpoint}"));
         }
         rules
     }
 
     fn endpoint_rules(service: usize, backend: usize) -> String {
-        let (name, pod, chain) =
-            (name(service), pod(service, backend), endpoint_chain(service, backend));
+        let (pod, chain) = (pod(service, backend), endpoint_chain(service, backend));
         format!(
-            "-A {chain} -m comment --comment {name} -s {pod} -j KUBE-MARK-MASQ
--A {chain} -m comment --comment {name} -m tcp -p tcp -j DNAT --to-destination {pod}:{PORT}
+            "-A {chain} -s {pod} -j KUBE-MARK-MASQ
+-A {chain} -m tcp -p tcp -j DNAT --to-destination {pod}:{PORT}
 "
         )
     }

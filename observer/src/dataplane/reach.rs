@@ -10,8 +10,11 @@
 
 use std::cmp::Ordering;
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, BTreeSet, HashMap, btree_map};
+use std::collections::{BTreeMap, BTreeSet, btree_map};
+use std::mem;
 use std::net::IpAddr;
+
+use foldhash::HashMap;
 
 use super::names;
 use super::rules::{Effect, Element, Family, Name, PortSource, Rule, Table};
@@ -42,7 +45,7 @@ pub struct Changes {
 }
 
 /// One edit of a table, with what it added or removed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Edit {
     /// New connections enter this chain, or no longer do.
     Entry(Name),
@@ -59,6 +62,35 @@ pub enum Way {
     Added,
     /// It no longer is.
     Removed,
+}
+
+/// Edits of one table, as a net count: of a rule or element that is deleted and added again with
+/// the same content, as whole syncs of kube-proxy in iptables mode do by the thousands, nothing is
+/// left.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Edits(HashMap<Edit, isize>);
+
+impl Edits {
+    /// Notes one more.
+    pub fn note(&mut self, edit: Edit, way: Way) {
+        match self.0.entry(edit) {
+            Entry::Occupied(mut times) => {
+                *times.get_mut() += way.sign();
+                if *times.get() == 0 {
+                    times.remove();
+                }
+            }
+            Entry::Vacant(times) => {
+                times.insert(way.sign());
+            }
+        }
+    }
+
+    /// Whether they change nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
 }
 
 impl Way {
@@ -106,16 +138,16 @@ impl Label {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Shape {
     family: Family,
-    address_at: usize,
+    address_at: u8,
     port: PortSource,
 }
 
 impl Shape {
     fn target(self, data: &[u8]) -> Option<(IpAddr, u16)> {
-        let address = self.family.address(data.get(self.address_at..)?)?;
+        let address = self.family.address(data.get(self.address_at.into()..)?)?;
         let port = match self.port {
             PortSource::Fixed(port) => port,
-            PortSource::AtByte(at) => u16::from_be_bytes(*data.get(at..)?.first_chunk()?),
+            PortSource::AtByte(at) => u16::from_be_bytes(*data.get(at.into()..)?.first_chunk()?),
         };
         Some((address, port))
     }
@@ -133,8 +165,8 @@ enum Part {
 
 impl Part {
     /// The label of what passes: a chain's own name says more than the ways in.
-    fn label(&self, ways_in: &BTreeMap<Label, isize>) -> Option<Label> {
-        let (best, _) = ways_in.first_key_value()?;
+    fn label(&self, ways_in: &Ways) -> Option<Label> {
+        let (best, _) = ways_in.best.as_ref()?;
         let Self::Chain(name) = self else { return Some(best.clone()) };
         Some(match names::of_chain(name) {
             Some((service, protocol)) => Label { service: Some(service), protocol: Some(protocol) },
@@ -143,21 +175,58 @@ impl Part {
     }
 }
 
-/// How a part is reached.
+/// Ways into a part, counted by label; none leaves no trace. The best label is kept apart: in
+/// nearly all of the many parts it is the only one, and a map would take ten times the memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct State {
-    ways_in: BTreeMap<Label, isize>,
-    /// The label that its contents are counted under; `None` while they are not.
-    counted: Option<Label>,
+struct Ways {
+    best: Option<(Label, isize)>,
+    others: BTreeMap<Label, isize>,
+}
+
+impl Ways {
+    fn count(&mut self, label: Label, change: isize) {
+        let Some((best, count)) = &mut self.best else {
+            self.best = Some((label, change));
+            return;
+        };
+        match label.cmp(best) {
+            Ordering::Less => {
+                let worse = mem::replace(best, label);
+                self.others.insert(worse, mem::replace(count, change));
+            }
+            Ordering::Equal => {
+                *count += change;
+                if *count == 0 {
+                    self.best = self.others.pop_first();
+                }
+            }
+            Ordering::Greater => self.count_other(label, change),
+        }
+    }
+
+    /// There may be as many as Services.
+    fn count_other(&mut self, label: Label, change: isize) {
+        match self.others.entry(label) {
+            btree_map::Entry::Occupied(mut count) => {
+                *count.get_mut() += change;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
+            btree_map::Entry::Vacant(count) => {
+                count.insert(change);
+            }
+        }
+    }
 }
 
 /// Changes of ways in that their parts have not taken in yet.
-type Pending = HashMap<Part, BTreeMap<Label, isize>>;
+type Pending = HashMap<Part, Ways>;
 
 /// What one table reaches. Follows a [`Table`] that its caller keeps.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reach {
-    parts: HashMap<Part, State>,
+    parts: HashMap<Part, Ways>,
     /// The shapes that reached rules read each map by.
     shapes: HashMap<Name, Vec<Shape>>,
     backends: HashMap<Backend, isize>,
@@ -176,11 +245,17 @@ impl Reach {
     /// Of a whole table.
     #[must_use]
     pub fn of(table: &Table) -> Self {
+        Self::begin(table).0
+    }
+
+    /// Of a whole table; also as the change that it is from nothing.
+    #[must_use]
+    pub fn begin(table: &Table) -> (Self, Changes) {
         let mut reach = Self::default();
         let entries = table.chains.iter().filter(|(_, chain)| chain.entry && !table.dormant);
-        let entries = entries.map(|(name, _)| (Edit::Entry(name.clone()), Way::Added)).collect();
-        reach.follow(table, entries);
-        reach
+        let entries = entries.map(|(name, _)| (Edit::Entry(name.clone()), 1)).collect();
+        let changes = reach.follow(table, Edits(entries));
+        (reach, changes)
     }
 
     /// What it reaches now.
@@ -199,16 +274,16 @@ impl Reach {
 
     /// Takes in edits that `table` already shows; gives what all of them together
     /// changed.
-    pub fn follow(&mut self, table: &Table, edits: Vec<(Edit, Way)>) -> Changes {
-        let mut pending = Pending::new();
-        for (edit, way) in edits {
-            self.edit(&edit, way.sign(), &mut pending);
+    pub fn follow(&mut self, table: &Table, edits: Edits) -> Changes {
+        let mut pending = Pending::default();
+        for (edit, times) in edits.0 {
+            self.edit(&edit, times, &mut pending);
         }
         for _ in 0..MAX_ROUNDS {
             if pending.is_empty() {
                 break;
             }
-            for (part, changes) in std::mem::take(&mut pending) {
+            for (part, changes) in mem::take(&mut pending) {
                 self.settle(table, &part, changes, &mut pending);
             }
         }
@@ -250,24 +325,18 @@ impl Reach {
     }
 
     fn counted(&self, part: &Part) -> Option<Label> {
-        self.parts.get(part)?.counted.clone()
+        part.label(self.parts.get(part)?)
     }
 
     /// Takes in the changes of a part's ways in; where that changes its label, counts its contents
     /// anew.
-    fn settle(
-        &mut self,
-        table: &Table,
-        part: &Part,
-        changes: BTreeMap<Label, isize>,
-        pending: &mut Pending,
-    ) {
-        let state = self.parts.entry(part.clone()).or_default();
-        for (label, change) in changes {
-            count_way(&mut state.ways_in, label, change);
+    fn settle(&mut self, table: &Table, part: &Part, changes: Ways, pending: &mut Pending) {
+        let ways_in = self.parts.entry(part.clone()).or_default();
+        let before = part.label(ways_in);
+        for (label, change) in changes.best.into_iter().chain(changes.others) {
+            ways_in.count(label, change);
         }
-        let label = part.label(&state.ways_in);
-        let before = std::mem::replace(&mut state.counted, label.clone());
+        let label = part.label(ways_in);
         if label.is_none() {
             self.parts.remove(part);
         }
@@ -379,32 +448,17 @@ impl Reach {
     }
 }
 
-/// Counts ways with a label, of which there may be as many as Services; none leaves no trace.
-fn count_way(ways: &mut BTreeMap<Label, isize>, label: Label, change: isize) {
-    match ways.entry(label) {
-        btree_map::Entry::Occupied(mut count) => {
-            *count.get_mut() += change;
-            if *count.get() == 0 {
-                count.remove();
-            }
-        }
-        btree_map::Entry::Vacant(count) => {
-            count.insert(change);
-        }
-    }
-}
-
 /// Notes one way more or less into a part; what cancels out leaves no trace.
 fn link(pending: &mut Pending, part: Part, label: Label, sign: isize) {
     match pending.entry(part) {
         Entry::Occupied(mut changes) => {
-            count_way(changes.get_mut(), label, sign);
-            if changes.get().is_empty() {
+            changes.get_mut().count(label, sign);
+            if changes.get().best.is_none() {
                 changes.remove();
             }
         }
         Entry::Vacant(changes) => {
-            changes.insert(BTreeMap::from([(label, sign)]));
+            changes.insert(Ways { best: Some((label, sign)), ..Ways::default() });
         }
     }
 }
@@ -508,7 +562,7 @@ mod tests {
             (Box::from([1]), data(&[10, 0, 0])),
             (Box::from([2]), data(&[10, 0, 0, 9])),
         ];
-        table.maps.insert("m".into(), Map { handle: 1, elements: elements.into() });
+        table.maps.insert("m".into(), Map { handle: 1, elements: elements.into_iter().collect() });
         let reached = walk(&table);
         assert_eq!(shown(&reached), ["- Tcp 10.0.0.9 8080"]);
         assert_eq!(reached.unresolved, 4, "no protocol, unknown target, two short elements");

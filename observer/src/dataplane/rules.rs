@@ -6,9 +6,12 @@
 //! packet can be sent to, and kube-proxy never shadows one rule by another. A rule that sends
 //! nowhere and goes nowhere reduces to no effects.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::VecDeque;
+use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
+
+use foldhash::HashMap;
 
 use crate::facts::{Protocol, ServicePort};
 
@@ -50,11 +53,11 @@ pub enum PortSource {
     /// The rule itself.
     Fixed(u16),
     /// This byte of the map element's data, in network order.
-    AtByte(usize),
+    AtByte(u8),
 }
 
 /// What a rule may do to a new connection.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Effect {
     /// Jump or goto.
     Go(Name),
@@ -69,7 +72,7 @@ pub enum Effect {
         /// Version of the address in it.
         family: Family,
         /// Byte of the element's data where the address starts.
-        address_at: usize,
+        address_at: u8,
         /// The port.
         port: PortSource,
     },
@@ -78,7 +81,7 @@ pub enum Effect {
 }
 
 /// One rule.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Rule {
     /// The only protocol it matches, if it matches one.
     pub protocol: Option<Protocol>,
@@ -93,12 +96,81 @@ pub struct Rule {
 pub struct Chain {
     /// Whether new connections enter here: a chain of type nat at prerouting or output.
     pub entry: bool,
-    /// Rules with effects, by handle.
-    pub rules: BTreeMap<u64, Rule>,
+    /// Rules with effects.
+    pub rules: Rules,
+}
+
+/// A chain's rules by handle, in one block of memory, for nearly all of the many chains have one or
+/// two. Both ends move cheaply: rules come with rising handles, and kube-proxy writes a long chain
+/// anew by deleting it from its start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rules(VecDeque<(u64, Rule)>);
+
+impl Rules {
+    /// Up to here room is made rule by rule, then in doubling steps.
+    const FEW: usize = 4;
+
+    /// Adds a rule; gives the one that had its handle.
+    pub fn insert(&mut self, handle: u64, rule: Rule) -> Option<Rule> {
+        match self.0.binary_search_by_key(&handle, |(known, _)| *known) {
+            Ok(at) => Some(mem::replace(&mut self.0[at].1, rule)),
+            Err(at) => {
+                if self.0.len() < Self::FEW {
+                    self.0.reserve_exact(1);
+                }
+                self.0.insert(at, (handle, rule));
+                None
+            }
+        }
+    }
+
+    /// Takes a rule out, if it is there.
+    pub fn remove(&mut self, handle: u64) -> Option<Rule> {
+        let at = self.0.binary_search_by_key(&handle, |(known, _)| *known).ok()?;
+        self.0.remove(at).map(|(_, rule)| rule)
+    }
+
+    /// All, in the order of their handles.
+    pub fn values(&self) -> impl Iterator<Item = &Rule> {
+        self.0.iter().map(|(_, rule)| rule)
+    }
+
+    /// All, taken out.
+    pub fn into_values(self) -> impl Iterator<Item = Rule> {
+        self.0.into_iter().map(|(_, rule)| rule)
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The one with the highest handle.
+    #[must_use]
+    pub fn last(&self) -> Option<&Rule> {
+        self.0.back().map(|(_, rule)| rule)
+    }
+}
+
+impl FromIterator<(u64, Rule)> for Rules {
+    fn from_iter<I: IntoIterator<Item = (u64, Rule)>>(rules: I) -> Self {
+        let mut all = Self::default();
+        for (handle, rule) in rules {
+            all.insert(handle, rule);
+        }
+        all
+    }
 }
 
 /// Data of one map element.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Element {
     /// Jump or goto.
     Go(Name),
@@ -130,4 +202,31 @@ pub struct Table {
     pub chains: HashMap<Name, Chain>,
     /// Maps by name.
     pub maps: HashMap<Name, Map>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule(port: u16) -> Rule {
+        let address = Ipv4Addr::LOCALHOST.into();
+        Rule { effects: vec![Effect::Send(address, port)], ..Rule::default() }
+    }
+
+    #[test]
+    fn rules_are_found_by_handle_whatever_the_order_they_came_in() {
+        let mut rules = Rules::default();
+        for handle in [3, 9, 1, 7, 5, 11] {
+            assert_eq!(rules.insert(handle.into(), rule(handle)), None);
+        }
+        assert_eq!(rules.insert(7, rule(70)), Some(rule(7)));
+        assert_eq!(
+            (rules.remove(1), rules.remove(1), rules.remove(2)),
+            (Some(rule(1)), None, None)
+        );
+        let left: Vec<Rule> = rules.values().cloned().collect();
+        assert_eq!(left, [3, 5, 70, 9, 11].map(rule));
+        assert_eq!(rules.last(), Some(&rule(11)));
+        assert_eq!(rules.into_values().count(), 5);
+    }
 }

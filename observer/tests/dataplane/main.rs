@@ -2,6 +2,7 @@
 //! its own. Needs root, and Debian's nftables and iptables; fails without.
 
 mod captures;
+mod choices;
 mod encoding;
 mod families;
 mod following;

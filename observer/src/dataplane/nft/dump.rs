@@ -5,6 +5,8 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::panic::resume_unwind;
+use std::thread;
 
 use anyhow::Context as _;
 use nix::errno::Errno;
@@ -18,14 +20,20 @@ use super::socket;
 use crate::dataplane::Counters;
 use crate::dataplane::rules::Name;
 
-/// `NLM_F_REQUEST`, and with `NLM_F_DUMP`
+/// `NLM_F_REQUEST`, with `NLM_F_ACK`, and with `NLM_F_DUMP`
 const ONE: u16 = 0x1;
+const ACKNOWLEDGED: u16 = 0x5;
 const ALL: u16 = 0x301;
 /// `NLM_F_DUMP_INTR`: a commit happened while the kernel wrote this dump.
 const INTERRUPTED: u16 = 0x10;
+/// `NLA_F_NESTED`
+const NESTED: u16 = 0x8000;
 /// `NLMSG_ERROR`, `NLMSG_DONE`
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
+/// Elements that are asked for by key in one request. Each answer is a message of its own, and all
+/// are written before the first is read: so many fit into a socket's usual buffer.
+const KEYS_MAX: u32 = 16;
 /// The kernel answers at once; this only ends a wait that would never end.
 const ANSWER_SECONDS: i64 = 5;
 
@@ -46,67 +54,115 @@ impl From<anyhow::Error> for Fault {
     }
 }
 
-/// Asks the kernel for its rules, once: after a fault, answers may still be on their way.
+/// Asks the kernel for its rules, once: after a fault, answers may still be on their way. On two
+/// sockets, for the kernel does one request of each at a time.
 #[derive(Debug)]
 pub struct Dumper {
-    socket: OwnedFd,
-    buffer: Vec<u8>,
-    sequence: u32,
+    sockets: [Asker; 2],
 }
 
 impl Dumper {
-    /// Opens the socket in this thread's network namespace.
+    /// Opens the sockets in this thread's network namespace.
     ///
     /// # Errors
     /// When there is no netfilter netlink.
     pub fn open() -> anyhow::Result<Self> {
-        let socket = socket::open(0)?;
-        socket::limit_wait(&socket, ANSWER_SECONDS)?;
-        Ok(Self { socket, buffer: socket::buffer(), sequence: 0 })
+        Ok(Self { sockets: [Asker::open()?, Asker::open()?] })
     }
 
     /// Reads everything, blocking.
     ///
     /// # Errors
     /// [`Fault`] says whether to try again.
-    pub fn dump(mut self, counters: &Counters) -> Result<Follow, Fault> {
-        let before = self.generation(counters)?;
+    pub fn dump(self, counters: &Counters) -> Result<Follow, Fault> {
+        let [mut one, mut other] = self.sockets;
+        let before = one.generation(counters)?;
         let mut messages: Vec<(TableId, Change)> = Vec::new();
-        // Rules are asked for chain by chain: asked for all, the kernel walks from the first one again
-        // for each datagram, which takes time with the square of the rules.
-        let mut contents: Vec<(u8, (TableId, Name))> = Vec::new();
+        // Rules are asked for chain by chain: asked for all, the kernel walks from the first one
+        // again for each datagram, which takes time with the square of the rules.
+        let mut contents: Vec<Content> = Vec::new();
         for kind in [kind::GET_TABLE, kind::GET_CHAIN, kind::GET_SET] {
-            self.ask(kind, ALL, None, counters, |message| {
+            one.ask(kind, ALL, &nothing(), counters, |message| {
                 let Message::In(table, change) = message else { return };
-                match &change {
-                    Change::NewChain { chain, .. } => {
-                        contents.push((kind::GET_RULE, (table.clone(), chain.clone())));
-                    }
-                    Change::NewMap { map, .. } => {
-                        contents.push((kind::GET_ELEMENTS, (table.clone(), map.clone())));
-                    }
-                    _ => {}
-                }
+                contents.extend(Content::of(&table, &change));
                 messages.push((table, change));
             })?;
         }
-        for (kind, of) in &contents {
-            self.ask(*kind, ALL, Some(of), counters, |message| {
-                if let Message::In(table, change) = message {
-                    messages.push((table, change));
-                }
-            })?;
-        }
-        if self.generation(counters)? != before {
+        // Every other one: later maps take longer.
+        let (odd, even) = (contents.iter().skip(1).step_by(2), contents.iter().step_by(2));
+        let (even, odd) = thread::scope(|scope| {
+            let helper = scope.spawn(|| other.all_contents(odd, counters));
+            let even = one.all_contents(even, counters);
+            (even, helper.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        });
+        messages.extend(even?);
+        messages.extend(odd?);
+        if one.generation(counters)? != before {
             return Err(Fault::Changed);
         }
         let ruleset = Ruleset::from_messages(messages).ok().ok_or(Fault::Changed)?;
         Ok(Follow::from_dump(ruleset, before))
     }
+}
+
+/// One socket to ask the kernel by.
+#[derive(Debug)]
+struct Asker {
+    socket: OwnedFd,
+    buffer: Vec<u8>,
+    sequence: u32,
+}
+
+impl Asker {
+    fn open() -> anyhow::Result<Self> {
+        let socket = socket::open(0)?;
+        socket::limit_wait(&socket, ANSWER_SECONDS)?;
+        Ok(Self { socket, buffer: socket::buffer(), sequence: 0 })
+    }
+
+    fn all_contents<'c>(
+        &mut self,
+        contents: impl Iterator<Item = &'c Content>,
+        counters: &Counters,
+    ) -> Result<Vec<(TableId, Change)>, Fault> {
+        let mut messages = Vec::new();
+        for content in contents {
+            self.contents(content, counters, &mut messages)?;
+        }
+        Ok(messages)
+    }
+
+    /// Reads the rules of a chain, or the elements of a map.
+    ///
+    /// For each request about a map the kernel searches the table's list of maps from its start, and
+    /// for a dump twice more, which for 10,000 Services is nearly all the time that this takes. So
+    /// the elements of a map with few keys that can be guessed are asked for by these, all at once.
+    /// One that is missing fails the request, and there are no others when none is.
+    fn contents(
+        &mut self,
+        content: &Content,
+        counters: &Counters,
+        messages: &mut Vec<(TableId, Change)>,
+    ) -> Result<(), Fault> {
+        let Content { kind, table, name, numbered } = content;
+        let body = about(table, name);
+        if let Some(count) = numbered.filter(|count| *count <= KEYS_MAX) {
+            let known = messages.len();
+            let with_keys = [&*body, &numbers(count)].concat();
+            let answer = self.ask(*kind, ACKNOWLEDGED, &with_keys, counters, |message| {
+                messages.extend(message.within());
+            });
+            match answer {
+                Err(Fault::Changed | Fault::Absent) => messages.truncate(known),
+                answer => return answer,
+            }
+        }
+        self.ask(*kind, ALL, &body, counters, |message| messages.extend(message.within()))
+    }
 
     fn generation(&mut self, counters: &Counters) -> Result<u32, Fault> {
         let mut generation = None;
-        self.ask(kind::GET_GENERATION, ONE, None, counters, |message| {
+        self.ask(kind::GET_GENERATION, ONE, &nothing(), counters, |message| {
             generation = generation.or(message.generation());
         })?;
         generation.ok_or_else(|| anyhow::anyhow!("no nf_tables generation in the answer").into())
@@ -117,12 +173,12 @@ impl Dumper {
         &mut self,
         kind: u8,
         flags: u16,
-        of: Option<&(TableId, Name)>,
+        body: &[u8],
         counters: &Counters,
         mut take: impl FnMut(Message),
     ) -> Result<(), Fault> {
         self.sequence = self.sequence.wrapping_add(1);
-        let request = request(kind, flags, self.sequence, of);
+        let request = request(kind, flags, self.sequence, body);
         send(self.socket.as_raw_fd(), &request, MsgFlags::empty())
             .context("ask the kernel for its nf_tables rules")?;
         loop {
@@ -136,6 +192,27 @@ impl Dumper {
                 Progress::Continues => {}
             }
         }
+    }
+}
+
+/// A chain or a map, to be asked for what is in it.
+struct Content {
+    kind: u8,
+    table: TableId,
+    name: Name,
+    /// How many elements a map has under the keys from 0 on, if that is all it has.
+    numbered: Option<u32>,
+}
+
+impl Content {
+    /// What a message announces.
+    fn of(table: &TableId, change: &Change) -> Option<Self> {
+        let (kind, name, numbered) = match change {
+            Change::NewChain { chain, .. } => (kind::GET_RULE, chain, None),
+            Change::NewMap { map, numbered, .. } => (kind::GET_ELEMENTS, map, *numbered),
+            _ => return None,
+        };
+        Some(Self { kind, table: table.clone(), name: name.clone(), numbered })
     }
 }
 
@@ -192,9 +269,7 @@ pub(crate) fn replay(answers: &[u8], counters: &Counters) -> Result<Ruleset, Fau
     let mut messages = Vec::new();
     for sequence in 1.. {
         let progress = read_answer(answers, sequence, ALL, counters, |message| {
-            if let Message::In(table, change) = message {
-                messages.push((table, change));
-            }
+            messages.extend(message.within());
         })?;
         if progress == Progress::Continues {
             break;
@@ -218,14 +293,32 @@ fn fault(frame: &Frame<'_>) -> Result<(), Fault> {
     }
 }
 
-/// A request: `nlmsghdr`, `nfgenmsg`, and what it is about: `NFTA_SET_ELEM_LIST_TABLE` and `_SET`, or
+/// `nfgenmsg` of a request for all families.
+fn nothing() -> Vec<u8> {
+    vec![0; 4]
+}
+
+/// `nfgenmsg` and what a request is about: `NFTA_SET_ELEM_LIST_TABLE` and `_SET`, or
 /// `NFTA_RULE_TABLE` and `_CHAIN`, which have the same numbers.
-fn request(kind: u8, flags: u16, sequence: u32, of: Option<&(TableId, Name)>) -> Vec<u8> {
-    let mut body = vec![of.map_or(0, |(table, _)| TableFamily::number(table.family)), 0, 0, 0];
-    if let Some((table, name)) = of {
-        put_name(&mut body, 1, &table.name);
-        put_name(&mut body, 2, name);
-    }
+fn about(table: &TableId, name: &str) -> Vec<u8> {
+    let mut body = vec![TableFamily::number(table.family), 0, 0, 0];
+    put_name(&mut body, 1, &table.name);
+    put_name(&mut body, 2, name);
+    body
+}
+
+/// The keys from 0 to below `count`, which rules count in the machine's byte order:
+/// `NFTA_SET_ELEM_LIST_ELEMENTS` 3, `NFTA_LIST_ELEM` 1, `NFTA_SET_ELEM_KEY` 1, `NFTA_DATA_VALUE` 1.
+fn numbers(count: u32) -> Vec<u8> {
+    let element = |number: u32| {
+        let value = attribute(1, &number.to_ne_bytes());
+        attribute(1 | NESTED, &attribute(1 | NESTED, &value))
+    };
+    attribute(3 | NESTED, &(0..count).flat_map(element).collect::<Vec<_>>())
+}
+
+/// A request: `nlmsghdr` and the rest.
+fn request(kind: u8, flags: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len() + 16).unwrap_or(u32::MAX);
     let mut message = length.to_ne_bytes().to_vec();
     message.extend((SUBSYSTEM << 8 | u16::from(kind)).to_ne_bytes());
@@ -237,10 +330,13 @@ fn request(kind: u8, flags: u16, sequence: u32, of: Option<&(TableId, Name)>) ->
 }
 
 fn put_name(body: &mut Vec<u8>, kind: u16, name: &str) {
-    let length = u16::try_from(name.len() + 5).unwrap_or(u16::MAX);
-    body.extend(length.to_ne_bytes());
-    body.extend(kind.to_ne_bytes());
-    body.extend(name.as_bytes());
-    body.push(0);
-    body.resize(body.len().next_multiple_of(4), 0);
+    body.extend(attribute(kind, &[name.as_bytes(), &[0]].concat()));
+}
+
+fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(value.len() + 4).unwrap_or(u16::MAX);
+    let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+    bytes.extend(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
 }

@@ -80,7 +80,7 @@ enum Word {
     Protocol,
     Constant([u8; WORD_BYTES]),
     /// This byte and the three after it of the data of whichever element of the map matched.
-    OfMap(Name, usize),
+    OfMap(Name, u8),
 }
 
 /// Reads rules of one table's family.
@@ -184,8 +184,8 @@ impl Reader {
         match word_of(register)? {
             // How much is loaded depends on the map; what is beyond is not read by this rule.
             Some(first) => {
-                for word in first..WORDS {
-                    self.words[word] = Word::OfMap(map.clone(), (word - first) * WORD_BYTES);
+                for (word, at) in self.words[first..].iter_mut().zip((0..).step_by(WORD_BYTES)) {
+                    *word = Word::OfMap(map.clone(), at);
                 }
             }
             None if register.is_some() => self.rule.effects.push(Effect::GoByMap(map)),

@@ -16,6 +16,10 @@ const FAMILY_HEADER_BYTES: usize = 4;
 const TABLE_DORMANT: u32 = 1;
 /// `NFT_SET_MAP`
 const SET_IS_MAP: u32 = 8;
+/// `NFT_SET_ANONYMOUS | NFT_SET_CONSTANT | NFT_SET_MAP`, and the key's length: what a rule that
+/// chooses by a number (`numgen random mod 5 map { 0 : …, 4 : … }`) looks it up in.
+const CHOICE_FLAGS: u32 = 1 | 2 | SET_IS_MAP;
+const CHOICE_KEY_BYTES: u32 = 4;
 /// `NF_INET_PRE_ROUTING` and `NF_INET_LOCAL_OUT`: where new connections meet destination NAT.
 const NAT_HOOKS: [u32; 2] = [0, 3];
 
@@ -104,6 +108,14 @@ pub enum Message {
 }
 
 impl Message {
+    /// What it says of a table, if it does.
+    pub(super) fn within(self) -> Option<(TableId, Change)> {
+        match self {
+            Self::In(table, change) => Some((table, change)),
+            _ => None,
+        }
+    }
+
     /// The number of the commit that this message ends.
     #[must_use]
     pub fn generation(&self) -> Option<u32> {
@@ -117,16 +129,44 @@ impl Message {
 /// What a message says of its table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    NewTable { dormant: bool },
+    NewTable {
+        dormant: bool,
+    },
     DeleteTable,
-    NewChain { chain: Name, entry: bool },
-    DeleteChain { chain: Name },
-    NewRule { chain: Name, handle: u64, rule: Rule },
-    DeleteRule { chain: Name, handle: u64 },
-    NewMap { map: Name, handle: u64 },
-    DeleteSet { set: Name, handle: u64 },
-    NewElements { set: Name, elements: Vec<(ElementKey, Element)> },
-    DeleteElements { set: Name, keys: Vec<ElementKey> },
+    NewChain {
+        chain: Name,
+        entry: bool,
+    },
+    DeleteChain {
+        chain: Name,
+    },
+    NewRule {
+        chain: Name,
+        handle: u64,
+        rule: Rule,
+    },
+    DeleteRule {
+        chain: Name,
+        handle: u64,
+    },
+    NewMap {
+        map: Name,
+        handle: u64,
+        /// How many elements it holds at most, if its keys may be the numbers below that.
+        numbered: Option<u32>,
+    },
+    DeleteSet {
+        set: Name,
+        handle: u64,
+    },
+    NewElements {
+        set: Name,
+        elements: Vec<(ElementKey, Element)>,
+    },
+    DeleteElements {
+        set: Name,
+        keys: Vec<ElementKey>,
+    },
 }
 
 /// A message of no interest, and why.
@@ -223,24 +263,29 @@ fn delete_rule(body: &[u8]) -> Result<Change, Malformed> {
     Ok(Change::DeleteRule { chain: name(chain)?.into(), handle: be64(handle.ok_or(Malformed)?)? })
 }
 
-/// `NFTA_SET_NAME` 2, `_FLAGS` 3, `_HANDLE` 16.
-fn set(body: &[u8]) -> Result<(Name, u64, u32), Malformed> {
+/// `NFTA_SET_NAME` 2, `_FLAGS` 3, `_KEY_LEN` 5, `_DESC` 9 (within: `NFTA_SET_DESC_SIZE` 1),
+/// `_HANDLE` 16.
+fn new_set(body: &[u8]) -> Result<Change, Passed> {
     let fields = fields::<17>(body)?;
     let flags = fields[3].map_or(Ok(0), be32)?;
-    Ok((name(fields[2])?.into(), fields[16].map_or(Ok(0), be64)?, flags))
-}
-
-fn new_set(body: &[u8]) -> Result<Change, Passed> {
-    let (map, handle, flags) = set(body)?;
     if flags & SET_IS_MAP == 0 {
         return Err(Passed::Foreign);
     }
-    Ok(Change::NewMap { map, handle })
+    let [_, size] = self::fields::<2>(fields[9].unwrap_or_default())?;
+    let size = size.map(be32).transpose()?;
+    let choice = flags == CHOICE_FLAGS && fields[5].map_or(Ok(0), be32)? == CHOICE_KEY_BYTES;
+    Ok(Change::NewMap {
+        map: name(fields[2])?.into(),
+        handle: fields[16].map_or(Ok(0), be64)?,
+        numbered: size.filter(|_| choice),
+    })
 }
 
+/// `NFTA_SET_NAME` 2, `_HANDLE` 16.
 fn delete_set(body: &[u8]) -> Result<Change, Malformed> {
-    let (set, handle, _) = set(body)?;
-    Ok(Change::DeleteSet { set, handle })
+    let fields = fields::<17>(body)?;
+    let handle = fields[16].map_or(Ok(0), be64)?;
+    Ok(Change::DeleteSet { set: name(fields[2])?.into(), handle })
 }
 
 /// `NFTA_SET_ELEM_LIST_SET` 2, `_ELEMENTS` 3.

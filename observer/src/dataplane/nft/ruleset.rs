@@ -4,12 +4,13 @@
 //! are kept whole, chains keep only rules that have effects, sets that are not maps are left out.
 //! What a table reaches follows its edits, once per commit.
 
-use std::collections::HashMap;
 use std::mem;
 
+use foldhash::HashMap;
+
 use super::messages::{Change, TableId};
-use crate::dataplane::reach::{Changes, Edit, Reach, Reached, Way};
-use crate::dataplane::rules::{Map, Name, Table};
+use crate::dataplane::reach::{Changes, Edit, Edits, Reach, Reached, Way};
+use crate::dataplane::rules::{Effect, Element, ElementKey, Map, Name, Rule, Rules, Table};
 
 /// A message about a table or chain that the model does not have: something was missed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,8 +26,9 @@ pub struct Ruleset {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Followed {
     table: Table,
-    reach: Reach,
-    edits: Vec<(Edit, Way)>,
+    /// `None` until the table, which is new, has been walked at the end of its first commit.
+    reach: Option<Reach>,
+    edits: Edits,
 }
 
 impl Ruleset {
@@ -42,8 +44,7 @@ impl Ruleset {
             ruleset.apply(id, change)?;
         }
         for followed in ruleset.tables.values_mut() {
-            followed.edits = Vec::new();
-            followed.reach = Reach::of(&followed.table);
+            followed.follow();
         }
         Ok(ruleset)
     }
@@ -56,15 +57,17 @@ impl Ruleset {
         &mut self,
         messages: impl IntoIterator<Item = (TableId, Change)>,
     ) -> Result<Vec<(TableId, Changes)>, Unexpected> {
-        let mut touched: HashMap<TableId, Reached> = HashMap::new();
+        // A handful at most.
+        let mut touched: Vec<(TableId, Reached)> = Vec::new();
         for (id, change) in messages {
+            if touched.iter().all(|(known, _)| *known != id) {
+                touched.push((id.clone(), Reached::default()));
+            }
             if change == Change::DeleteTable {
-                let gone = self.tables.remove(&id).map(|gone| gone.reach.reached());
-                touched.entry(id).or_default().backends.extend(gone.unwrap_or_default().backends);
+                let gone = self.tables.remove(&id).map(|gone| gone.reached()).unwrap_or_default();
+                let of_table = touched.iter_mut().filter(|(known, _)| *known == id);
+                of_table.for_each(|(_, all)| all.backends.extend(gone.backends.iter().cloned()));
             } else {
-                if !touched.contains_key(&id) {
-                    touched.insert(id.clone(), Reached::default());
-                }
                 self.apply(id, change)?;
             }
         }
@@ -75,8 +78,8 @@ impl Ruleset {
     /// deleted in the same commit.
     fn follow(&mut self, id: TableId, gone: &Reached) -> (TableId, Changes) {
         let mut changes = Changes::default();
-        if let Some(Followed { table, reach, edits }) = self.tables.get_mut(&id) {
-            changes = reach.follow(table, mem::take(edits));
+        if let Some(followed) = self.tables.get_mut(&id) {
+            changes = followed.follow();
         }
         if !gone.backends.is_empty() {
             let now = self.reached(&id).backends;
@@ -103,106 +106,186 @@ impl Ruleset {
     /// What one table sends new connections to; nothing when it does not exist.
     #[must_use]
     pub fn reached(&self, id: &TableId) -> Reached {
-        self.tables.get(id).map(|followed| followed.reach.reached()).unwrap_or_default()
+        self.tables.get(id).map(Followed::reached).unwrap_or_default()
     }
 }
 
 impl Followed {
+    fn reached(&self) -> Reached {
+        self.reach.as_ref().map(Reach::reached).unwrap_or_default()
+    }
+
+    /// Brings what is reached up to date.
+    fn follow(&mut self) -> Changes {
+        let edits = mem::take(&mut self.edits);
+        if let Some(reach) = &mut self.reach {
+            return reach.follow(&self.table, edits);
+        }
+        let (reach, changes) = Reach::begin(&self.table);
+        self.reach = Some(reach);
+        changes
+    }
+
+    /// A table that is to be walked whole needs no notes.
+    fn note(&mut self, edit: impl FnOnce() -> Edit, way: Way) {
+        if self.reach.is_some() {
+            self.edits.note(edit(), way);
+        }
+    }
+
     fn set_dormant(&mut self, dormant: bool) {
         if mem::replace(&mut self.table.dormant, dormant) == dormant {
             return;
         }
         let way = if dormant { Way::Removed } else { Way::Added };
         let entries = self.table.chains.iter().filter(|(_, chain)| chain.entry);
-        self.edits.extend(entries.map(|(name, _)| (Edit::Entry(name.clone()), way)));
+        for name in entries.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
+            self.note(|| Edit::Entry(name), way);
+        }
     }
 
     fn apply(&mut self, change: Change) -> Result<(), Unexpected> {
-        let Self { table, edits, .. } = self;
         match change {
             // Both are about the table itself.
             Change::NewTable { .. } | Change::DeleteTable => {}
-            // An existing chain is announced again when something of it changes; its rules stay.
-            Change::NewChain { chain, entry } => {
-                let before =
-                    mem::replace(&mut table.chains.entry(chain.clone()).or_default().entry, entry);
-                if before != entry && !table.dormant {
-                    let way = if entry { Way::Added } else { Way::Removed };
-                    edits.push((Edit::Entry(chain), way));
-                }
-            }
-            Change::DeleteChain { chain } => {
-                if let Some(gone) = table.chains.remove(&chain) {
-                    if gone.entry && !table.dormant {
-                        edits.push((Edit::Entry(chain.clone()), Way::Removed));
-                    }
-                    let rules = gone.rules.into_values();
-                    edits.extend(rules.map(|rule| (Edit::Rule(chain.clone(), rule), Way::Removed)));
-                }
-            }
-            Change::NewRule { chain, handle, rule } => {
-                let rules = &mut table.chains.get_mut(&chain).ok_or(Unexpected)?.rules;
-                let before = if rule.effects.is_empty() {
-                    rules.remove(&handle)
-                } else {
-                    edits.push((Edit::Rule(chain.clone(), rule.clone()), Way::Added));
-                    rules.insert(handle, rule)
-                };
-                edits.extend(before.map(|rule| (Edit::Rule(chain, rule), Way::Removed)));
-            }
-            Change::DeleteRule { chain, handle } => {
-                let rules = &mut table.chains.get_mut(&chain).ok_or(Unexpected)?.rules;
-                let gone = rules.remove(&handle);
-                edits.extend(gone.map(|rule| (Edit::Rule(chain, rule), Way::Removed)));
-            }
-            Change::NewMap { map, handle } => {
-                if table.maps.get(&map).is_none_or(|known| known.handle != handle) {
-                    let fresh = Map { handle, ..Map::default() };
-                    let gone = table.maps.insert(map.clone(), fresh);
-                    edits.extend(gone.into_iter().flat_map(|gone| elements_of(&map, gone)));
-                }
-            }
+            Change::NewChain { chain, entry } => self.new_chain(chain, entry),
+            Change::DeleteChain { chain } => self.delete_chain(&chain),
+            Change::NewRule { chain, handle, rule } => self.new_rule(&chain, handle, rule)?,
+            Change::DeleteRule { chain, handle } => self.delete_rule(chain, handle)?,
+            Change::NewMap { map, handle, .. } => self.new_map(&map, handle),
             // With another handle it is the former owner of a name that is already used again.
             Change::DeleteSet { set, handle } => {
-                if table.maps.get(&set).is_some_and(|map| map.handle == handle) {
-                    let gone = table.maps.remove(&set);
-                    edits.extend(gone.into_iter().flat_map(|gone| elements_of(&set, gone)));
+                if self.table.maps.get(&set).is_some_and(|map| map.handle == handle) {
+                    let gone = self.table.maps.remove(&set);
+                    self.note_gone(&set, gone);
                 }
             }
-            Change::NewElements { set, elements } => {
-                let Some(map) = table.maps.get_mut(&set) else { return Ok(()) };
-                for (key, element) in elements {
-                    edits.push((Edit::Element(set.clone(), element.clone()), Way::Added));
-                    let before = map.elements.insert(key, element);
-                    edits.extend(
-                        before.map(|gone| (Edit::Element(set.clone(), gone), Way::Removed)),
-                    );
-                }
-            }
+            Change::NewElements { set, elements } => self.new_elements(&set, elements),
             Change::DeleteElements { set, keys } => {
-                let Some(map) = table.maps.get_mut(&set) else { return Ok(()) };
-                let gone = keys.iter().filter_map(|key| map.elements.remove(key));
-                edits.extend(gone.map(|gone| (Edit::Element(set.clone(), gone), Way::Removed)));
+                for key in keys {
+                    let map = self.table.maps.get_mut(&set);
+                    if let Some(gone) = map.and_then(|map| map.elements.remove(&key)) {
+                        self.note(|| Edit::Element(set.clone(), gone), Way::Removed);
+                    }
+                }
             }
         }
         Ok(())
     }
+
+    /// An existing chain is announced again when something of it changes; its rules stay.
+    fn new_chain(&mut self, chain: Name, entry: bool) {
+        let known = self.table.chains.entry(chain.clone()).or_default();
+        let before = mem::replace(&mut known.entry, entry);
+        if before != entry && !self.table.dormant {
+            let way = if entry { Way::Added } else { Way::Removed };
+            self.note(|| Edit::Entry(chain), way);
+        }
+    }
+
+    fn delete_chain(&mut self, name: &Name) {
+        let Some(gone) = self.table.chains.remove(name) else { return };
+        if gone.entry && !self.table.dormant {
+            self.note(|| Edit::Entry(name.clone()), Way::Removed);
+        }
+        for rule in gone.rules.into_values() {
+            self.note(|| Edit::Rule(name.clone(), rule), Way::Removed);
+        }
+    }
+
+    fn new_rule(&mut self, chain: &Name, handle: u64, rule: Rule) -> Result<(), Unexpected> {
+        let before = if rule.effects.is_empty() {
+            self.rules_of(chain)?.remove(handle)
+        } else {
+            let rule = self.with_known_names(rule);
+            self.note(|| Edit::Rule(chain.clone(), rule.clone()), Way::Added);
+            let rules = self.rules_of(chain)?;
+            rules.insert(handle, with_service_of(rules.last(), rule))
+        };
+        if let Some(rule) = before {
+            self.note(|| Edit::Rule(chain.clone(), rule), Way::Removed);
+        }
+        Ok(())
+    }
+
+    fn rules_of(&mut self, chain: &Name) -> Result<&mut Rules, Unexpected> {
+        self.table.chains.get_mut(chain).map(|chain| &mut chain.rules).ok_or(Unexpected)
+    }
+
+    /// A rule that shares the memory of names with what it names: there may be 100,000 rules.
+    fn with_known_names(&self, mut rule: Rule) -> Rule {
+        for effect in &mut rule.effects {
+            match effect {
+                Effect::Go(chain) => use_known(chain, &self.table.chains),
+                Effect::GoByMap(map) | Effect::SendByMap { map, .. } => {
+                    use_known(map, &self.table.maps);
+                }
+                Effect::Send(..) | Effect::SendUnknown => {}
+            }
+        }
+        rule
+    }
+
+    fn delete_rule(&mut self, chain: Name, handle: u64) -> Result<(), Unexpected> {
+        if let Some(gone) = self.rules_of(&chain)?.remove(handle) {
+            self.note(|| Edit::Rule(chain, gone), Way::Removed);
+        }
+        Ok(())
+    }
+
+    fn new_map(&mut self, map: &Name, handle: u64) {
+        if self.table.maps.get(map).is_none_or(|known| known.handle != handle) {
+            let fresh = Map { handle, ..Map::default() };
+            let gone = self.table.maps.insert(map.clone(), fresh);
+            self.note_gone(map, gone);
+        }
+    }
+
+    fn new_elements(&mut self, set: &Name, elements: Vec<(ElementKey, Element)>) {
+        for (key, mut element) in elements {
+            if let Element::Go(chain) = &mut element {
+                use_known(chain, &self.table.chains);
+            }
+            let Some(map) = self.table.maps.get_mut(set) else { return };
+            let gone = map.elements.insert(key, element.clone());
+            self.note(|| Edit::Element(set.clone(), element), Way::Added);
+            if let Some(gone) = gone {
+                self.note(|| Edit::Element(set.clone(), gone), Way::Removed);
+            }
+        }
+    }
+
+    fn note_gone(&mut self, name: &Name, gone: Option<Map>) {
+        for element in gone.into_iter().flat_map(|gone| gone.elements.into_values()) {
+            self.note(|| Edit::Element(name.clone(), element), Way::Removed);
+        }
+    }
 }
 
-fn elements_of(name: &Name, gone: Map) -> Vec<(Edit, Way)> {
-    let elements = gone.elements.into_values();
-    elements.map(|element| (Edit::Element(name.clone(), element), Way::Removed)).collect()
+fn use_known<T>(name: &mut Name, known: &HashMap<Name, T>) {
+    if let Some((known, _)) = known.get_key_value(name) {
+        name.clone_from(known);
+    }
+}
+
+/// A rule that shares the name of its Service with the one before it, which mostly has the same.
+fn with_service_of(before: Option<&Rule>, mut rule: Rule) -> Rule {
+    if let Some(before) = before.filter(|before| before.service == rule.service) {
+        rule.service.clone_from(&before.service);
+    }
+    rule
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
+    use std::sync::Arc;
 
     use proptest::prelude::*;
 
     use super::*;
     use crate::dataplane::nft::TableFamily;
-    use crate::dataplane::rules::{Effect, Element, Family, Name, PortSource, Rule};
+    use crate::dataplane::rules::{Family, PortSource};
     use crate::facts::{Protocol, ServicePort};
 
     /// What kube-proxy 1.36 writes, in the order the kernel reports it.
@@ -230,7 +313,7 @@ mod tests {
                 Rule { effects: vec![Effect::GoByMap("service-ips".into())], ..Rule::default() };
             vec![
                 Change::NewTable { dormant: false },
-                Change::NewMap { map: "service-ips".into(), handle: 1 },
+                Change::NewMap { map: "service-ips".into(), handle: 1, numbered: None },
                 Change::NewChain { chain: "nat".into(), entry: true },
                 Change::NewRule { chain: "nat".into(), handle: 2, rule },
             ]
@@ -279,7 +362,7 @@ mod tests {
             };
             self.written.insert(service, (rule_handle, map.clone(), handle));
             vec![
-                Change::NewMap { map: map.clone(), handle },
+                Change::NewMap { map: map.clone(), handle, numbered: None },
                 Change::NewElements { set: map, elements: endpoints.iter().map(element).collect() },
                 Change::NewRule { chain: chain(service), handle: rule_handle, rule },
             ]
@@ -383,6 +466,7 @@ mod tests {
                 3 => (1_u64..3).prop_map(move |handle| Change::NewMap {
                     map: made.clone(),
                     handle,
+                    numbered: None,
                 }),
                 1 => (1_u64..3).prop_map(move |handle| Change::DeleteSet {
                     set: gone.clone(),
@@ -432,7 +516,7 @@ mod tests {
                 prop_assert_eq!(&reached, &ruleset.reached(&id()).backends);
                 if let Some(Followed { table, reach, edits }) = ruleset.tables.get(&id()) {
                     prop_assert!(edits.is_empty());
-                    prop_assert_eq!(reach, &Reach::of(table));
+                    prop_assert_eq!(reach.as_ref(), Some(&Reach::of(table)));
                 }
             }
         }
@@ -455,6 +539,75 @@ mod tests {
         }
     }
 
+    fn send(port: u16) -> Rule {
+        let effects = vec![Effect::Send([10, 0, 0, 1].into(), port)];
+        Rule { protocol: Some(Protocol::Tcp), service: None, effects }
+    }
+
+    fn added(handle: u64, rule: Rule) -> Change {
+        Change::NewRule { chain: "nat".into(), handle, rule }
+    }
+
+    fn deleted(handle: u64) -> Change {
+        Change::DeleteRule { chain: "nat".into(), handle }
+    }
+
+    fn ports(ruleset: &Ruleset) -> Vec<u16> {
+        ruleset.reached(&id()).backends.iter().map(|backend| backend.port).collect()
+    }
+
+    fn of_rules(rules: &[(u64, Rule)]) -> Ruleset {
+        let entry = Change::NewChain { chain: "nat".into(), entry: true };
+        let mut changes = vec![Change::NewTable { dormant: false }, entry];
+        changes.extend(rules.iter().map(|(handle, rule)| added(*handle, rule.clone())));
+        applied(Ruleset::default(), changes)
+    }
+
+    #[test]
+    fn a_rule_written_anew_is_no_edit_and_is_known_by_its_new_handle() {
+        let mut ruleset = of_rules(&[(1, send(80)), (2, send(81))]);
+        let anew = [deleted(1), deleted(2), added(3, send(81)), added(4, send(80))];
+        for change in anew {
+            ruleset.apply(id(), change).expect("a known chain");
+        }
+        assert!(ruleset.tables[&id()].edits.is_empty());
+        ruleset = applied(ruleset, vec![deleted(3)]);
+        assert_eq!(ports(&ruleset), [80]);
+        ruleset = applied(ruleset, vec![deleted(2), deleted(1)]);
+        assert_eq!(ports(&ruleset), [80], "handles of rules that are gone");
+        assert_eq!(ports(&applied(ruleset, vec![deleted(4)])), Vec::<u16>::new());
+    }
+
+    #[test]
+    fn of_two_equal_rules_one_may_go_in_the_commit_that_writes_the_other_anew() {
+        let twice = of_rules(&[(1, send(80)), (2, send(80))]);
+        let once = applied(twice, vec![deleted(1), deleted(2), added(3, send(80))]);
+        assert_eq!(ports(&once), [80]);
+        assert_eq!(ports(&applied(once, vec![deleted(3)])), Vec::<u16>::new());
+    }
+
+    #[test]
+    fn a_rule_added_and_deleted_in_one_commit_was_never_there() {
+        let ruleset = applied(of_rules(&[]), vec![added(1, send(80)), deleted(1)]);
+        assert_eq!(ports(&ruleset), Vec::<u16>::new());
+    }
+
+    #[test]
+    fn rules_share_the_memory_of_names() {
+        let go = Rule { effects: vec![Effect::Go("c".into())], ..Rule::default() };
+        let named = |rule: Rule| Rule { service: Some(ServicePort("ns/s:p".into())), ..rule };
+        let mut ruleset = of_rules(&[]);
+        let target = Change::NewChain { chain: "c".into(), entry: false };
+        let rules = [added(1, named(go)), added(2, named(send(80)))];
+        ruleset = applied(ruleset, [vec![target], rules.to_vec()].concat());
+        let (_, table) = ruleset.tables().next().expect("a table");
+        let (known, _) = table.chains.get_key_value("c").expect("the chain");
+        let rules: Vec<&Rule> = table.chains["nat"].rules.values().collect();
+        assert!(matches!(&rules[0].effects[..], [Effect::Go(to)] if Arc::ptr_eq(to, known)));
+        let [one, other] = [0, 1].map(|at: usize| rules[at].service.clone().expect("a name").0);
+        assert!(Arc::ptr_eq(&one, &other));
+    }
+
     #[test]
     fn an_anonymous_map_that_takes_a_name_before_its_former_owner_goes_is_kept() {
         let map: Name = "__map0".into();
@@ -463,9 +616,9 @@ mod tests {
             Ruleset::default(),
             vec![
                 Change::NewTable { dormant: false },
-                Change::NewMap { map: map.clone(), handle: 1 },
+                Change::NewMap { map: map.clone(), handle: 1, numbered: None },
                 Change::NewElements { set: map.clone(), elements: vec![element()] },
-                Change::NewMap { map: map.clone(), handle: 2 },
+                Change::NewMap { map: map.clone(), handle: 2, numbered: None },
                 Change::DeleteSet { set: map.clone(), handle: 1 },
             ],
         );
