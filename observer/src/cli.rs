@@ -22,7 +22,8 @@ const LEVELS: &str = "off, error, warn, info, debug or trace";
 
 const EXIT_CODES: &str = "Exit codes:
   0  done, or stopped by SIGTERM or SIGINT
-  1  failed while running: port taken, kubeconfig or cgroup root unusable, no agent answered
+  1  failed while running: port taken, kubeconfig or cgroup root unusable, no agent answered,
+     no dataplane found
   2  the command line is wrong
   3  this machine or its permissions cannot do it: no kernel BTF, or a capability is missing";
 

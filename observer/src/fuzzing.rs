@@ -8,7 +8,7 @@ use std::io;
 use crate::api::terminations::Terminations;
 use crate::clock::WallOffset;
 use crate::dataplane::nft::{Fault, Ruleset};
-use crate::dataplane::{Counters, Family, legacy, names, nft};
+use crate::dataplane::{Counters, Family, ipvs, legacy, names, nft};
 use crate::facts::{BootNs, ClusterFact, PodUid, Protocol, ServicePort};
 use crate::{cluster, kernel, report};
 
@@ -26,6 +26,12 @@ pub fn dump(answers: &[u8], counters: &Counters) -> Result<Ruleset, Fault> {
 /// Those of the system calls.
 pub fn legacy_table(family: Family) -> io::Result<(Vec<u8>, Vec<u8>)> {
     legacy::raw(family)
+}
+
+/// The virtual services in the answers to requests for them and for their destinations.
+#[must_use]
+pub fn ipvs_table(answers: &[u8], counters: &Counters) -> ipvs::Table {
+    ipvs::replay(answers, counters)
 }
 
 /// The Service port in a chain's name.

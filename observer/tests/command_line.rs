@@ -24,6 +24,9 @@ use tempfile::TempDir;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_observer");
 const NOBODY: u32 = 65534;
+/// A minute in all, however busy the machine is: it ends a wait that would never end.
+const LOOKS: u32 = 1200;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 const NO_DATAPLANE: &str = "dataplane: no dataplane is found: neither rules of kube-proxy (nftables, \
     iptables, IPVS) nor maps of Cilium; is hostNetwork set, and the node's /sys/fs/bpf mounted?\n";
 
@@ -263,13 +266,13 @@ async fn get(url: String) -> Option<(u16, String)> {
 
 async fn wait_until_ready(url: &str) {
     let mut last = None;
-    for _ in 0..200 {
+    for _ in 0..LOOKS {
         last = get(format!("{url}/readyz")).await;
         if let Some((200, body)) = &last {
             assert!(body.starts_with("ok\ndataplane: nftables serves Services ("), "{body}");
             return;
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(BETWEEN_LOOKS).await;
     }
     panic!("not ready: {last:?}");
 }
@@ -277,12 +280,12 @@ async fn wait_until_ready(url: &str) {
 /// Waits for the words that say what is missing.
 async fn wait_until_it_says(url: &str, words: &str) {
     let mut last = None;
-    for _ in 0..200 {
+    for _ in 0..LOOKS {
         last = get(format!("{url}/readyz")).await;
         if last.as_ref().is_some_and(|(status, body)| *status == 503 && body == words) {
             return;
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(BETWEEN_LOOKS).await;
     }
     panic!("not {words}: {last:?}");
 }
@@ -377,7 +380,7 @@ async fn it_becomes_ready_serves_and_stops_at_sigterm() {
     };
     let mut messages = Vec::new();
     while messages.last() != Some(&json!("ready")) {
-        let line = said.recv_timeout(Duration::from_secs(10)).expect("it says when it is ready");
+        let line = said.recv_timeout(BETWEEN_LOOKS * LOOKS).expect("it says when it is ready");
         messages.push(message(line));
     }
     let pid = i32::try_from(daemon.0.id()).expect("a pid");

@@ -1,7 +1,7 @@
 //! What is done with bytes that others wrote: one function per parser, named as its fuzz target and
 //! its folder of the corpus.
 //!
-//! Shared by the fuzz targets and by `observer/tests/corpus.rs`, so that both do the same. Each
+//! Shared by the fuzz targets and by `observer/tests/corpus`, so that both do the same. Each
 //! takes any bytes, and panics only when the parser did or broke a promise.
 
 use std::collections::BTreeSet;
@@ -24,9 +24,10 @@ use observer::report::{NodeAnswer, merge, render};
 pub type Parser = fn(&[u8]);
 
 /// Every parser, by its name.
-pub const ALL: [(&str, Parser); 10] = [
+pub const ALL: [(&str, Parser); 11] = [
     ("agent_answers", agent_answers),
     ("cilium_maps", cilium_maps),
+    ("ipvs_answers", ipvs_answers),
     ("kernel_btf", kernel_btf),
     ("kernel_event", kernel_event),
     ("legacy_table", legacy_table),
@@ -141,6 +142,14 @@ pub fn cilium_maps(bytes: &[u8]) {
     assert!(reached.draining.len() <= backends.len());
     assert!(reached.backends.is_disjoint(&reached.draining));
     assert!(reached.unresolved <= slots.len() * usize::from(u16::MAX));
+}
+
+/// The kernel's answers about IPVS: services, each followed by its destinations.
+pub fn ipvs_answers(bytes: &[u8]) {
+    let reached = fuzzing::ipvs_table(bytes, &Counters::default()).reached;
+    assert!(reached.backends.is_disjoint(&reached.draining));
+    let all = reached.backends.len() + reached.draining.len() + reached.unresolved;
+    assert!(all <= bytes.len());
 }
 
 /// The kernel's type information.

@@ -115,6 +115,13 @@ impl Backends {
         steps
     }
 
+    /// Whether an origin's backends are others than `now`.
+    #[must_use]
+    pub fn differs(&self, origin: &Origin, now: &Reached) -> bool {
+        let before = self.origins.get(origin).map(|before| &before.backends);
+        before.unwrap_or(&BTreeSet::new()) != &now.backends
+    }
+
     /// How many backends there are.
     #[must_use]
     pub fn count(&self) -> usize {

@@ -143,6 +143,7 @@ impl Follower {
         reached.extend(gone.map(|origin| (origin, Reached::default())));
         let until = clock::now();
         self.send(Update::Blind(Blindness { from, until, source: "netfilter messages" })).await;
+        self.detector.note_replaced(&self.backends, &reached);
         let steps = self.backends.replace(reached);
         self.report(steps, until, until.since(from)).await;
         self.report_status().await;

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use super::backends::{Backends, Origin};
 use super::nft::{Ruleset, TableId};
-use super::reach::Changes;
+use super::reach::{Changes, Reached};
 use super::silent::KUBE_SERVICES;
 use super::{Dataplane, Status};
 
@@ -49,6 +49,16 @@ impl Detector {
         for (origin, changes) in changes {
             if !changes.backends.is_empty()
                 && let Some(dataplane) = origin.dataplane()
+            {
+                self.changed(dataplane);
+            }
+        }
+    }
+
+    /// What some tables reach is about to replace what they reached.
+    pub(super) fn note_replaced(&mut self, before: &Backends, now: &[(Origin, Reached)]) {
+        for (origin, reached) in now {
+            if let Some(dataplane) = origin.dataplane().filter(|_| before.differs(origin, reached))
             {
                 self.changed(dataplane);
             }
@@ -96,5 +106,71 @@ impl Detector {
         // Of equals the first: the order is the one in which a connection meets them.
         let largest = in_use.iter().rev().max_by_key(|dataplane| backends.count_of(**dataplane));
         changed.or(largest.copied())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::nft::TableFamily;
+    use super::super::{Family, SilentTable};
+    use super::*;
+    use crate::facts::{Backend, Protocol};
+
+    const LEGACY: Origin = Origin::Silent(SilentTable::Legacy(Family::V4));
+    const CILIUM: Origin = Origin::Silent(SilentTable::Cilium);
+
+    fn table(name: &str) -> TableId {
+        TableId { family: TableFamily::Ip, name: name.into() }
+    }
+
+    fn reached(lasts: impl IntoIterator<Item = u8>) -> Reached {
+        let backend = |last| Backend {
+            service: None,
+            protocol: Protocol::Tcp,
+            address: [10, 0, 0, last].into(),
+            port: 80,
+        };
+        Reached { backends: lasts.into_iter().map(backend).collect(), ..Reached::default() }
+    }
+
+    fn serving(detector: &mut Detector, backends: &Backends) -> Option<Dataplane> {
+        let silent = [Dataplane::Cilium, Dataplane::IptablesLegacy];
+        detector.status(&Ruleset::default(), silent.into_iter(), backends)?.serving
+    }
+
+    #[test]
+    fn the_one_with_most_backends_serves_until_another_changes() {
+        let (mut detector, mut backends) = (Detector::new(None), Backends::default());
+        backends.replace(vec![(LEGACY, reached(1..=3)), (CILIUM, reached(1..=2))]);
+        assert_eq!(serving(&mut detector, &backends), Some(Dataplane::IptablesLegacy));
+        let fewer = [(CILIUM, reached(1..=1)), (LEGACY, reached(1..=3))];
+        detector.note_replaced(&backends, &fewer);
+        backends.replace(fewer.into());
+        assert_eq!(serving(&mut detector, &backends), Some(Dataplane::Cilium));
+    }
+
+    #[test]
+    fn of_equals_the_one_that_a_connection_meets_first_serves() {
+        let (mut detector, mut backends) = (Detector::new(None), Backends::default());
+        backends.replace(vec![(LEGACY, reached(1..=2)), (CILIUM, reached(1..=2))]);
+        assert_eq!(serving(&mut detector, &backends), Some(Dataplane::Cilium));
+    }
+
+    #[test]
+    fn rules_without_a_backend_are_in_use_only_where_nothing_has_one() {
+        let (mut detector, mut backends) = (Detector::new(None), Backends::default());
+        assert_eq!(serving(&mut detector, &backends), Some(Dataplane::Cilium), "both are empty");
+        backends.replace(vec![(LEGACY, reached(1..=1))]);
+        let silent = [Dataplane::Cilium, Dataplane::IptablesLegacy].into_iter();
+        let status = detector.status(&Ruleset::default(), silent, &backends).expect("it changed");
+        assert_eq!(status.in_use, BTreeSet::from([Dataplane::IptablesLegacy]));
+    }
+
+    #[test]
+    fn one_that_is_chosen_is_followed_alone() {
+        let only = Detector::new(Some(Dataplane::IptablesNft));
+        assert!(only.follows(&table(NAT)) && !only.follows(&table(KUBE_PROXY)));
+        assert!(!Detector::new(Some(Dataplane::Ipvs)).follows(&table(NAT)));
+        assert!(Detector::new(None).follows(&table("anything")));
     }
 }

@@ -17,6 +17,10 @@ use super::maps::{ACTIVE, TERMINATING, V4, pinned, with_bpffs};
 const BINARY: &str = env!("CARGO_BIN_EXE_observer");
 const ATTACHED: &str = r#"observer_probe_attached{method="tp_btf",signal="map_commit"} 1"#;
 
+/// A minute in all, however busy the machine is: it ends a wait that would never end.
+const LOOKS: u32 = 1200;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
+
 /// The daemon, stopped with the test whatever happens.
 struct Daemon {
     child: Child,
@@ -60,14 +64,14 @@ impl Daemon {
     /// Waits until the metrics have all these lines.
     fn wait_for(&self, lines: &[&str]) {
         let mut metrics = String::new();
-        for _ in 0..200 {
+        for _ in 0..LOOKS {
             if let Ok(mut answer) = ureq::get(&self.url).call() {
                 metrics = answer.body_mut().read_to_string().expect("text");
                 if lines.iter().all(|wanted| metrics.lines().any(|line| line == *wanted)) {
                     return;
                 }
             }
-            sleep(Duration::from_millis(50));
+            sleep(BETWEEN_LOOKS);
         }
         panic!("not {lines:?} in\n{metrics}");
     }

@@ -88,8 +88,8 @@ impl<const KEY: usize, const BACKEND: usize> Balancer<KEY, BACKEND> {
     }
 
     /// Writes a Service as `BPFOps.updateFrontend` does: every slot, active backends first, then
-    /// how many are active, then removes slots left over from `before`. Gives the moments around the
-    /// write that makes the new count hold.
+    /// how many are active, then removes slots left over from `before`. Gives the moments around
+    /// the write that makes the new count hold.
     pub(crate) fn service(
         &mut self,
         service: u16,

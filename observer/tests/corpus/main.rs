@@ -105,27 +105,31 @@ fn feed(parser: &str) {
     }
 }
 
-/// One test per parser, so that one that hangs or fails is named.
+/// One test per parser, so that one that hangs or fails is named; and their names.
 macro_rules! survives {
-    ($($parser:ident)*) => {$(
-        #[test]
-        fn $parser() {
-            feed(stringify!($parser));
-        }
-    )*};
+    ($($parser:ident)*) => {
+        pub(super) const FED: &[&str] = &[$(stringify!($parser)),*];
+        $(
+            #[test]
+            fn $parser() {
+                feed(stringify!($parser));
+            }
+        )*
+    };
 }
 
 mod cut_and_altered_bytes_do_no_harm {
     use super::feed;
 
     survives! {
-        agent_answers kernel_btf kernel_event legacy_table names nft_dump nft_notifications pods
-        slices
+        agent_answers cilium_maps ipvs_answers kernel_btf kernel_event legacy_table names nft_dump
+        nft_notifications pods slices
     }
 }
 
 #[test]
-fn every_parser_has_a_fuzz_target_and_a_corpus() {
+fn every_parser_is_fed_and_has_a_fuzz_target_and_a_corpus() {
+    assert_eq!(parsers::ALL.map(|(parser, _)| parser), cut_and_altered_bytes_do_no_harm::FED);
     let manifest = fs::read_to_string(fuzz().join("Cargo.toml")).expect("the fuzz manifest");
     for (parser, _) in parsers::ALL {
         let target = fs::read_to_string(fuzz().join(format!("fuzz_targets/{parser}.rs")));
@@ -144,6 +148,12 @@ fn the_corpus_is_read_as_what_it_was_recorded_of() {
         let ruleset = observer::fuzzing::dump(&answers, &counters).expect("a whole dump");
         let backends = ruleset.tables().map(|(_, table)| reach::walk(table).backends.len());
         assert!(backends.sum::<usize>() >= 2, "{name}");
+    }
+    for (name, answers) in files("ipvs_answers") {
+        let table = observer::fuzzing::ipvs_table(&answers, &counters);
+        let reached = table.reached;
+        let sizes = (reached.backends.len(), reached.draining.len(), reached.unresolved);
+        assert_eq!((table.services, sizes), (3, (2, 1, 1)), "{name}");
     }
     assert_eq!((counters.malformed.get(), counters.unknown_expressions.get()), (0, 0));
 }

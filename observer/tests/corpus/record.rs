@@ -1,8 +1,8 @@
 //! Makes the binary part of the corpus anew, from the recorded rules and this machine's kernel:
 //! `cargo test -p observer --test corpus -- --ignored remake`. Needs root, nftables and iptables.
 //!
-//! The JSON and the names in the corpus are written by hand, in the form of the API server's, the
-//! agents' and the kubelet's.
+//! The JSON, the names, Cilium's maps and IPVS's answers in the corpus are written by hand, in the
+//! form of the API server's, the agents', the kubelet's, Cilium's and the kernel's.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -149,8 +149,8 @@ fn changes_of_one_burst_are_told_apart() {
     });
 }
 
-/// Unloads a module, which what used it may still hold for a moment. Namespaces of earlier tests may
-/// hold it for minutes: the test that unloads is the first by name, and they run in that order.
+/// Unloads a module, which what used it may still hold for a moment. Namespaces of earlier tests
+/// may hold it for minutes: the test that unloads is the first by name, and they run in that order.
 fn unload(module: &str) {
     let until = clock::now().plus(PATIENCE);
     while !Command::new("rmmod").arg(module).status().expect("busybox").success() {

@@ -43,7 +43,8 @@ fn each_replaced_table_is_told_with_the_span_of_the_replacing() {
             let changes = running.expect(|| restore("10.244.0.19"), &steps).await;
             println!("one restore: the change is known to {:?}", changes[0].uncertainty);
 
-            // Neither to read a table, the first time too, nor to replace another tells of a commit.
+            // Neither to read a table, the first time too, nor to replace another tells of a
+            // commit.
             let commits = running.counters.commits.get();
             run("iptables-legacy -t nat -L -n", "");
             run("ip6tables-legacy -t nat -L -n", "");

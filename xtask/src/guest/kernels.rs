@@ -1,7 +1,7 @@
 //! Debian's kernels for virtual machines, fetched once and kept.
 //!
-//! Kept below `$XDG_CACHE_HOME/observer/guest` (or `~/.cache`), outside the checkout; a kernel stays
-//! the same until its directory is removed. A directory appears only complete, by a rename.
+//! Kept below `$XDG_CACHE_HOME/observer/guest` (or `~/.cache`), outside the checkout; a kernel
+//! stays the same until its directory is removed. A directory appears only complete, by a rename.
 
 use std::cmp::Reverse;
 use std::fs;

@@ -207,7 +207,8 @@ impl Tool {
     }
 }
 
-/// Whether the kernel programs are compiled by Debian's compiler; `observer/build.rs` chooses alike.
+/// Whether the kernel programs are compiled by Debian's compiler; `observer/build.rs` chooses
+/// alike.
 pub(crate) fn has_debian_compiler() -> bool {
     Path::new(DEBIAN_BPF_CORE).exists() && Path::new(DEBIAN_RUSTC).exists()
 }

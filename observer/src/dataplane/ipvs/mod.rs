@@ -14,6 +14,7 @@ use std::io::Read as _;
 use std::sync::Arc;
 
 use super::Counters;
+use super::nft::attributes::{Malformed, frames};
 use super::reach::Reached;
 use crate::facts::Backend;
 use messages::{Destination, Service};
@@ -76,14 +77,45 @@ impl Reader {
                 table.take(&service, &destination);
             }
         }
-        // Sent to by one virtual service is sent to.
-        let Reached { backends, draining, .. } = &mut table.reached;
-        draining.retain(|backend| !backends.contains(backend));
-        Ok(table)
+        Ok(table.complete())
     }
 }
 
+/// The table in recorded answers, without a socket: services, each followed by its destinations.
+/// What is neither is counted.
+pub(crate) fn replay(answers: &[u8], counters: &Counters) -> Table {
+    let mut table = Table::default();
+    let mut last = None;
+    for frame in frames(answers) {
+        let Ok(frame) = frame else {
+            counters.malformed.increase();
+            break;
+        };
+        if let Ok(service) = Service::read(frame.payload) {
+            table.services += 1;
+            last = Some(service);
+            continue;
+        }
+        let Some(service) = &last else {
+            counters.malformed.increase();
+            continue;
+        };
+        match Destination::read(frame.payload, service) {
+            Ok(destination) => table.take(service, &destination),
+            Err(Malformed) => counters.malformed.increase(),
+        }
+    }
+    table.complete()
+}
+
 impl Table {
+    /// Once all destinations are taken: sent to by one virtual service is sent to.
+    fn complete(mut self) -> Self {
+        let Reached { backends, draining, .. } = &mut self.reached;
+        draining.retain(|backend| !backends.contains(backend));
+        self
+    }
+
     fn take(&mut self, service: &Service, destination: &Destination) {
         let Destination { address, port, weight } = *destination;
         let reached = &mut self.reached;
