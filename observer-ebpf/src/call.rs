@@ -1,16 +1,12 @@
 //! Kernel functions whose entry and return are both hooked: what a call leaves from the one for the
 //! other. What it changes takes effect between the two.
 
-use aya_ebpf::{
-    EbpfContext,
-    helpers::{bpf_get_current_pid_tgid, bpf_get_current_task},
-};
+use aya_ebpf::helpers::bpf_get_current_pid_tgid;
 use observer_common::{Event, Ip};
 
 use crate::{
-    layout::offset,
     maps::{Call, THREAD_TO_CALL},
-    report, task,
+    report,
 };
 
 /// Entry of a call that changes this destination, or any when it is zero.
@@ -32,16 +28,6 @@ pub fn end(event: &mut Event) -> bool {
     event.local_port = call.port as u16;
     let _removed = THREAD_TO_CALL.remove(thread);
     true
-}
-
-/// Sends the event of a call in this node's network namespace.
-#[inline(always)]
-pub fn report(ctx: &impl EbpfContext, event: &mut Event) {
-    // SAFETY: a helper without arguments.
-    task::fill(event, unsafe { bpf_get_current_task() });
-    if event.netns_inum == offset!(own_netns_inum) {
-        report::send_always(ctx, event);
-    }
 }
 
 /// At least 1, for 0 means that it is not known.

@@ -6,7 +6,7 @@ use observer_common::{Ip, signal};
 use crate::{
     call,
     memory::{Address, read, read_or_zero},
-    report,
+    report, task,
 };
 
 /// Offsets in `struct ip_vs_dest_user_kern` (include/net/ip_vs.h), which has been the same since
@@ -48,6 +48,6 @@ pub fn service_call() -> u32 {
 pub fn returned(ctx: &impl EbpfContext) -> u32 {
     let mut event = report::event(signal::IPVS_COMMIT);
     call::end(&mut event);
-    call::report(ctx, &mut event);
+    task::send_of_own_netns(ctx, &mut event);
     0
 }

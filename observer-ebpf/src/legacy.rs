@@ -6,7 +6,7 @@ use observer_common::{Ip, signal};
 use crate::{
     call,
     memory::{Address, read},
-    report,
+    report, task,
 };
 
 /// Offset of `name` in `struct xt_table` (include/linux/netfilter/x_tables.h), from Linux 5.10 to
@@ -35,7 +35,7 @@ pub fn replaced(ctx: &RetProbeContext) -> u32 {
     let mut event = report::event(signal::LEGACY_CALL);
     let old_table: Address = ctx.ret();
     if call::end(&mut event) && old_table != 0 {
-        call::report(ctx, &mut event);
+        task::send_of_own_netns(ctx, &mut event);
     }
     0
 }

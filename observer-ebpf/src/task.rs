@@ -80,14 +80,19 @@ pub fn system_call_returned(ctx: &impl EbpfContext, result: i64) -> i32 {
         return 0;
     }
     let mut event = report::event(signal::LEGACY_COMMIT);
-    // SAFETY: a helper without arguments.
-    fill(&mut event, unsafe { bpf_get_current_task() });
-    if event.netns_inum != offset!(own_netns_inum) {
-        return 0;
-    }
     event.code = family;
-    report::send_always(ctx, &event);
+    send_of_own_netns(ctx, &mut event);
     0
+}
+
+/// Sends the event of a call that the current task made in this node's network namespace.
+#[inline(always)]
+pub fn send_of_own_netns(ctx: &impl EbpfContext, event: &mut Event) {
+    // SAFETY: a helper without arguments.
+    fill(event, unsafe { bpf_get_current_task() });
+    if event.netns_inum == offset!(own_netns_inum) {
+        report::send_always(ctx, event);
+    }
 }
 
 /// Whether `struct ipt_replace` in user memory names a table other than `nat`, the only one that
@@ -102,7 +107,7 @@ fn is_other_table(replacement: Address) -> bool {
 
 /// The task's ids, and the network namespace it is in.
 #[inline(always)]
-pub fn fill(event: &mut Event, task: Address) {
+fn fill(event: &mut Event, task: Address) {
     event.pid = read_or_zero(task, offset!(task_tgid));
     let css_set: Address = read_or_zero(task, offset!(task_cgroups));
     event.cgroup_id = cgroup_id(read_or_zero(css_set, offset!(css_set_cgroup)));

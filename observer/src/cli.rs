@@ -86,13 +86,9 @@ pub struct RunArgs {
     )]
     pub cluster_cidr: Vec<Range>,
 
-    /// What turns Service addresses into pod addresses on this node; auto follows all there are
-    #[arg(long, env = "OBSERVER_DATAPLANE", value_name = "KIND", default_value = "auto")]
-    pub dataplane: DataplaneChoice,
-
-    /// Where Cilium pins its maps: the node's bpf file system, and there tc/globals
-    #[arg(long, env = "OBSERVER_CILIUM_MAPS", value_name = "DIR", default_value = cilium::MAPS)]
-    pub cilium_maps: PathBuf,
+    /// Which rules to read.
+    #[command(flatten)]
+    pub rules: RulesArgs,
 
     /// How the log is written to stderr
     #[arg(long, env = "OBSERVER_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
@@ -132,6 +128,18 @@ pub struct ReportArgs {
     pub margin: f64,
 }
 
+/// Flags of all that read the node's rules.
+#[derive(Clone, Debug, Args)]
+pub struct RulesArgs {
+    /// What turns Service addresses into pod addresses on this node; auto takes all there are
+    #[arg(long, env = "OBSERVER_DATAPLANE", value_name = "KIND", default_value = "auto")]
+    pub dataplane: DataplaneChoice,
+
+    /// Where Cilium pins its maps: the node's bpf file system, and there tc/globals
+    #[arg(long, env = "OBSERVER_CILIUM_MAPS", value_name = "DIR", default_value = cilium::MAPS)]
+    pub cilium_maps: PathBuf,
+}
+
 /// Which dataplane to follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DataplaneChoice {
@@ -167,13 +175,9 @@ impl DataplaneChoice {
 /// Flags of `observer backends`.
 #[derive(Debug, Args)]
 pub struct BackendsArgs {
-    /// What turns Service addresses into pod addresses on this node; auto reads all there are
-    #[arg(long, env = "OBSERVER_DATAPLANE", value_name = "KIND", default_value = "auto")]
-    pub dataplane: DataplaneChoice,
-
-    /// Where Cilium pins its maps: the node's bpf file system, and there tc/globals
-    #[arg(long, env = "OBSERVER_CILIUM_MAPS", value_name = "DIR", default_value = cilium::MAPS)]
-    pub cilium_maps: PathBuf,
+    /// Which rules to read.
+    #[command(flatten)]
+    pub rules: RulesArgs,
 
     /// How they are printed
     #[arg(long, value_name = "FORMAT", default_value = "table")]

@@ -45,8 +45,8 @@ fn run(args: RunArgs) -> anyhow::Result<()> {
         listen: args.listen,
         cgroup_root: args.cgroup_root,
         cluster: args.cluster_cidr,
-        dataplane: args.dataplane.only(),
-        cilium_maps: args.cilium_maps,
+        dataplane: args.rules.dataplane.only(),
+        cilium_maps: args.rules.cilium_maps,
     }))
 }
 
@@ -55,8 +55,8 @@ fn print_backends(args: &BackendsArgs) -> anyhow::Result<()> {
     logging::install(LogFormat::Text, "warn")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let settings = Settings {
-        dataplane: args.dataplane.only(),
-        cilium_maps: args.cilium_maps.clone(),
+        dataplane: args.rules.dataplane.only(),
+        cilium_maps: args.rules.cilium_maps.clone(),
         ..Settings::default()
     };
     let (mut out, mut notes) = (io::stdout().lock(), io::stderr().lock());

@@ -184,9 +184,7 @@ impl Desk {
 
     /// Reading the rules has loaded the module, if it is one, that the hook's function is in.
     fn stamp_commits(&mut self) -> anyhow::Result<()> {
-        self.kernel.probes.watch(&NFT_COMMIT, true)?;
-        let states = self.kernel.probes.states();
-        let probe = states.iter().find(|probe| probe.signal == NFT_COMMIT.name);
+        let probe = self.kernel.probes.watch(&NFT_COMMIT, true)?;
         let method = probe.and_then(|probe| probe.method);
         self.shown.metrics.set_probe(NFT_COMMIT.name, method);
         info!(method, "stamps of commits to nf_tables; without a hook, of their messages");

@@ -203,9 +203,8 @@ impl CommitHooks {
 
 impl Hook {
     fn want(&mut self, wanted: bool, probes: &mut Probes, metrics: &Metrics) -> anyhow::Result<()> {
-        probes.watch(self.signal, wanted)?;
+        let probe = probes.watch(self.signal, wanted)?;
         self.wanted = wanted;
-        let probe = probes.states().iter().find(|probe| probe.signal == self.signal.name);
         self.attached = probe.is_some_and(|probe| probe.method.is_some());
         metrics.set_probe(self.signal.name, probe.and_then(|probe| probe.method));
         let signal = self.signal.name;

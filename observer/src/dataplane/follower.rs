@@ -301,7 +301,6 @@ impl Follower {
                 self.replace(table, reading, |_| (until, until.since(from))).await;
             }
         }
-        self.report_status().await;
     }
 
     /// Takes what a table holds now; `when` says of a backend when it changed, and how much earlier
@@ -318,7 +317,7 @@ impl Follower {
         }
         for (backend, step) in steps {
             let (at, uncertainty) = when(&backend);
-            self.report(vec![(backend, step)], at, uncertainty).await;
+            self.send(Update::Change(BackendChange { at, uncertainty, backend, step })).await;
         }
         self.report_status().await;
     }

@@ -184,11 +184,12 @@ impl Probes {
         &self.resolved.missing
     }
 
-    /// Attaches or detaches a signal that is not needed all the time.
+    /// Attaches or detaches a signal that is not needed all the time; gives what became of it, unless
+    /// it is not wanted.
     ///
     /// # Errors
     /// When a program cannot be unloaded. A failed attach shows in [`Self::states`].
-    pub fn watch(&mut self, signal: &Signal, wanted: bool) -> anyhow::Result<()> {
+    pub fn watch(&mut self, signal: &Signal, wanted: bool) -> anyhow::Result<Option<&Probe>> {
         let known = self.states.iter().position(|probe| probe.signal == signal.name);
         match (wanted, known) {
             (true, None) => {
@@ -201,7 +202,7 @@ impl Probes {
             }
             _ => {}
         }
-        Ok(())
+        Ok(self.states.iter().find(|probe| probe.signal == signal.name))
     }
 
     /// Map creation needs fewer capabilities than tracing: tell a lack of them from a kernel that

@@ -80,8 +80,7 @@ impl Hook {
     fn attach() -> Self {
         let started = kernel::start(PathBuf::from("/sys/fs/cgroup")).expect("load the programs");
         let Started { mut probes, events, .. } = started;
-        probes.watch(&LEGACY_COMMIT, true).expect("attach");
-        let hook = probes.states().iter().find(|probe| probe.signal == LEGACY_COMMIT.name);
+        let hook = probes.watch(&LEGACY_COMMIT, true).expect("attach");
         assert!(hook.is_some_and(|probe| probe.method.is_some()), "{hook:?}");
         let (sender, received) = mpsc::channel(1024);
         tokio::spawn(events.run(sender));

@@ -117,9 +117,7 @@ impl Hooked {
     }
 
     pub(crate) fn attach(&mut self) {
-        self.probes.watch(self.hook, true).expect("attach");
-        let mut states = self.probes.states().iter();
-        let state = states.find(|state| state.signal == self.hook.name).expect("asked for");
+        let state = self.probes.watch(self.hook, true).expect("attach").expect("asked for");
         assert_eq!((state.method, &state.problem), (Some("kprobe"), &None));
     }
 

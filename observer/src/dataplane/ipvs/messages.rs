@@ -5,6 +5,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::super::nft::attributes::{MESSAGE_HEADER_BYTES, Malformed, fields};
+use crate::dataplane::xt;
 use crate::facts::Protocol;
 
 /// Length of `genlmsghdr`: command, version, two bytes of nothing.
@@ -45,9 +46,6 @@ mod destination {
 
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
-const TCP: u16 = 6;
-const UDP: u16 = 17;
-const SCTP: u16 = 132;
 
 /// One virtual service.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -160,12 +158,7 @@ fn address(family: u16, bytes: &[u8]) -> Result<IpAddr, Malformed> {
 }
 
 fn protocol(number: u16) -> Option<Protocol> {
-    match number {
-        TCP => Some(Protocol::Tcp),
-        UDP => Some(Protocol::Udp),
-        SCTP => Some(Protocol::Sctp),
-        _ => None,
-    }
+    xt::protocol(u8::try_from(number).ok()?)
 }
 
 fn u16_in(value: Option<&[u8]>) -> Result<u16, Malformed> {
@@ -184,6 +177,10 @@ fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const TCP: u16 = 6;
+    const UDP: u16 = 17;
+    const SCTP: u16 = 132;
 
     const V4: [u8; 16] = [10, 244, 0, 18, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     const V6: [u8; 16] = [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x12];
