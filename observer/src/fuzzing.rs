@@ -20,6 +20,12 @@ pub fn dump(answers: &[u8], counters: &Counters) -> Result<Ruleset, Fault> {
     nft::replay(answers, counters)
 }
 
+/// The commits that a datagram of notifications ends: their numbers and messages.
+#[must_use]
+pub fn commits(datagram: &[u8]) -> Vec<(u32, &[u8])> {
+    nft::follow::ended(datagram)
+}
+
 /// The legacy nat table of this network namespace: its `ipt_getinfo` and its entries.
 ///
 /// # Errors

@@ -9,8 +9,8 @@ use std::collections::BTreeSet;
 use observer::clock::WallOffset;
 use observer::dataplane::cilium::entries::{self, BackendsVersion};
 use observer::dataplane::cilium::selection;
-use observer::dataplane::nft::follow::{Follow, Step};
-use observer::dataplane::nft::{Message, Ruleset, read_datagram};
+use observer::dataplane::nft::Ruleset;
+use observer::dataplane::nft::follow::Follow;
 use observer::dataplane::rules::{Effect, Element, Name, Table};
 use observer::dataplane::{Counters, Family, legacy, reach};
 use observer::facts::BootNs;
@@ -48,15 +48,13 @@ const NOW: BootNs = BootNs(1_000_000_000);
 
 /// Notifications of any number of commits, from a namespace without tables on.
 pub fn nft_notifications(bytes: &[u8]) {
-    let messages = read_datagram(bytes, &Counters::default());
-    let first = messages.iter().find_map(Message::generation);
-    let before = first.unwrap_or_default().wrapping_sub(1);
-    let mut follow = Follow::from_dump(Ruleset::default(), before);
-    for message in messages {
-        match follow.step(message, NOW, NOW) {
-            Step::Lost => return,
-            Step::Commit(_) if !is_as_a_fresh_walk(follow.ruleset()) => return,
-            Step::Commit(_) | Step::Nothing => {}
+    let commits = fuzzing::commits(bytes);
+    let before = commits.first().map_or(0, |(number, _)| number.wrapping_sub(1));
+    let mut follow = Follow::from_dump(Ruleset::default(), before, before);
+    for (_, messages) in commits {
+        let taken = follow.take(messages, (NOW, NOW), &Counters::default(), &mut Vec::new());
+        if taken.is_err() || !is_as_a_fresh_walk(follow.ruleset()) {
+            return;
         }
     }
 }

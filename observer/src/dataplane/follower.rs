@@ -7,7 +7,7 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use tokio::sync::mpsc::{Receiver, Sender};
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
@@ -15,8 +15,8 @@ use tracing::{debug, warn};
 
 use super::backends::{Backends, Origin};
 use super::commits::{Commit, Commits};
-use super::nft::follow::{Follow, Step};
-use super::nft::{Arrival, Dumper, Fault, Message, Subscription, read_datagram};
+use super::nft::follow::{Commit as NftCommit, Follow, Lost};
+use super::nft::{Arrival, Dumper, Fault, Subscription};
 use super::reach::Reached;
 use super::silent::{Reading, SilentTable, SilentTables};
 use super::status::Detector;
@@ -91,44 +91,27 @@ impl Follower {
 
     /// Takes what arrived into the model; reads everything anew when something was lost.
     pub(super) async fn take(&mut self, arrival: Arrival) -> anyhow::Result<()> {
-        let lost = if let Some(datagram) = &arrival.datagram {
-            let messages = read_datagram(datagram, &self.counters);
-            self.step(messages, arrival.earliest, arrival.read_at).await
-        } else {
-            self.counters.overruns.increase();
-            true
-        };
-        if lost {
+        let mut commits = Vec::new();
+        let taken = take(&mut self.nft, &arrival, &self.counters, &mut commits);
+        for commit in commits {
+            self.take_nft_commit(commit).await;
+        }
+        if taken.is_err() {
             self.resync(arrival.complete_until).await?;
         }
         Ok(())
     }
 
-    /// Takes the messages of one datagram; true when they show that others were missed.
-    async fn step(&mut self, messages: Vec<Message>, earliest: BootNs, read_at: BootNs) -> bool {
-        for message in messages {
-            match self.nft.step(message, earliest, read_at) {
-                Step::Nothing => {}
-                Step::Commit(commit) => {
-                    self.counters.commits.increase();
-                    let changes = commit.tables.into_iter();
-                    let changes = changes.filter(|(table, _)| self.detector.follows(table));
-                    let changes =
-                        changes.map(|(table, now)| (Origin::Nft(table), now)).collect::<Vec<_>>();
-                    self.detector.note_changes(&changes);
-                    let steps = self.backends.update(changes);
-                    let stamps = commit.heard.task.and_then(|task| self.stamps_of(task));
-                    let uncertainty = commit.heard.uncertainty(stamps);
-                    self.report(steps, commit.heard.at, uncertainty).await;
-                    self.report_status().await;
-                }
-                Step::Lost => {
-                    self.counters.gaps.increase();
-                    return true;
-                }
-            }
-        }
-        false
+    async fn take_nft_commit(&mut self, commit: NftCommit) {
+        let NftCommit { tables, heard } = commit;
+        self.counters.commits.increase();
+        let changes = tables.into_iter().filter(|(table, _)| self.detector.follows(table));
+        let changes = changes.map(|(table, now)| (Origin::Nft(table), now)).collect::<Vec<_>>();
+        self.detector.note_changes(&changes);
+        let steps = self.backends.update(changes);
+        let stamps = heard.task.and_then(|task| self.stamps_of(task));
+        self.report(steps, heard.at, heard.uncertainty(stamps)).await;
+        self.report_status().await;
     }
 
     /// Reads all `nf_tables` rules anew: what changed since `from` took effect at some time since.
@@ -155,24 +138,38 @@ impl Follower {
         self.commit_stamps.as_ref()?.0(task)
     }
 
-    async fn dump(&self) -> anyhow::Result<Follow> {
+    /// Reads all `nf_tables` rules, as they are after a commit that may have happened meanwhile.
+    async fn dump(&mut self) -> anyhow::Result<Follow> {
         loop {
             let dumper = Dumper::open()?;
             let counters = self.counters.clone();
             let answer = spawn_blocking(move || dumper.dump(&counters));
             match answer.await.context("read all nf_tables rules")? {
-                Ok(follow) => return Ok(follow),
+                Ok(mut follow) => {
+                    if self.catch_up(&mut follow).await? {
+                        return Ok(follow);
+                    }
+                }
                 Err(Fault::Absent) => {
                     debug!("this kernel has no nf_tables");
                     return Ok(Follow::default());
                 }
-                Err(Fault::Changed) => {
-                    self.counters.interrupted_reads.increase();
-                    sleep(DUMP_PAUSE).await;
-                }
+                Err(Fault::Changed | Fault::Missing) => sleep(DUMP_PAUSE).await,
+                Err(Fault::Unknown) => bail!("the kernel cannot be asked for its nf_tables rules"),
                 Err(Fault::Other(error)) => return Err(error),
             }
         }
+    }
+
+    /// Takes in the commits during a dump; false when one was missed.
+    async fn catch_up(&mut self, follow: &mut Follow) -> anyhow::Result<bool> {
+        while !follow.is_whole() {
+            let arrival = self.next().await?;
+            if take(follow, &arrival, &self.counters, &mut Vec::new()).is_err() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn all_nft(&self) -> Vec<(Origin, Reached)> {
@@ -341,6 +338,21 @@ impl Follower {
             debug!("nobody listens to the dataplane any more");
         }
     }
+}
+
+/// Takes an arrival into the model; gives the commits that it completes.
+fn take(
+    nft: &mut Follow,
+    arrival: &Arrival,
+    counters: &Counters,
+    commits: &mut Vec<NftCommit>,
+) -> Result<(), Lost> {
+    let Some(datagram) = &arrival.datagram else {
+        counters.overruns.increase();
+        return Err(Lost);
+    };
+    let taken = nft.take(datagram, (arrival.earliest, arrival.read_at), counters, commits);
+    taken.inspect_err(|Lost| counters.gaps.increase())
 }
 
 /// `commit` and the other commits to its table up to `read_at`, whose outcome was read already:

@@ -100,44 +100,77 @@ pub struct Chain {
     pub rules: Rules,
 }
 
+/// A number that rules of the same chain and content share, and others hardly ever: 64 bits, the
+/// hash's seed is this process's own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Fingerprint(pub u64);
+
 /// A chain's rules by handle, in one block of memory, for nearly all of the many chains have one or
 /// two. Both ends move cheaply: rules come with rising handles, and kube-proxy writes a long chain
 /// anew by deleting it from its start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Rules(VecDeque<(u64, Rule)>);
+pub struct Rules(VecDeque<Held>);
+
+#[derive(Clone, Debug)]
+struct Held {
+    handle: u64,
+    fingerprint: Fingerprint,
+    rule: Rule,
+}
+
+/// Without the fingerprint, which tells of what is left out of [`Rule`] too.
+impl PartialEq for Held {
+    fn eq(&self, other: &Self) -> bool {
+        (self.handle, &self.rule) == (other.handle, &other.rule)
+    }
+}
+
+impl Eq for Held {}
 
 impl Rules {
     /// Up to here room is made rule by rule, then in doubling steps.
     const FEW: usize = 4;
 
     /// Adds a rule; gives the one that had its handle.
-    pub fn insert(&mut self, handle: u64, rule: Rule) -> Option<Rule> {
-        match self.0.binary_search_by_key(&handle, |(known, _)| *known) {
-            Ok(at) => Some(mem::replace(&mut self.0[at].1, rule)),
+    pub fn insert(&mut self, handle: u64, fingerprint: Fingerprint, rule: Rule) -> Option<Rule> {
+        let held = Held { handle, fingerprint, rule };
+        match self.find(handle) {
+            Ok(at) => Some(mem::replace(&mut self.0[at], held).rule),
             Err(at) => {
                 if self.0.len() < Self::FEW {
                     self.0.reserve_exact(1);
                 }
-                self.0.insert(at, (handle, rule));
+                self.0.insert(at, held);
                 None
             }
         }
     }
 
     /// Takes a rule out, if it is there.
-    pub fn remove(&mut self, handle: u64) -> Option<Rule> {
-        let at = self.0.binary_search_by_key(&handle, |(known, _)| *known).ok()?;
-        self.0.remove(at).map(|(_, rule)| rule)
+    pub fn remove(&mut self, handle: u64) -> Option<(Fingerprint, Rule)> {
+        let at = self.find(handle).ok()?;
+        self.0.remove(at).map(|held| (held.fingerprint, held.rule))
+    }
+
+    /// Where a handle is, or would be; the ends are looked at first.
+    fn find(&self, handle: u64) -> Result<usize, usize> {
+        if self.0.front().is_some_and(|first| first.handle == handle) {
+            return Ok(0);
+        }
+        if self.0.back().is_none_or(|last| last.handle < handle) {
+            return Err(self.0.len());
+        }
+        self.0.binary_search_by_key(&handle, |held| held.handle)
     }
 
     /// All, in the order of their handles.
     pub fn values(&self) -> impl Iterator<Item = &Rule> {
-        self.0.iter().map(|(_, rule)| rule)
+        self.0.iter().map(|held| &held.rule)
     }
 
     /// All, taken out.
     pub fn into_values(self) -> impl Iterator<Item = Rule> {
-        self.0.into_iter().map(|(_, rule)| rule)
+        self.0.into_iter().map(|held| held.rule)
     }
 
     /// How many there are.
@@ -155,7 +188,7 @@ impl Rules {
     /// The one with the highest handle.
     #[must_use]
     pub fn last(&self) -> Option<&Rule> {
-        self.0.back().map(|(_, rule)| rule)
+        self.0.back().map(|held| &held.rule)
     }
 }
 
@@ -163,7 +196,7 @@ impl FromIterator<(u64, Rule)> for Rules {
     fn from_iter<I: IntoIterator<Item = (u64, Rule)>>(rules: I) -> Self {
         let mut all = Self::default();
         for (handle, rule) in rules {
-            all.insert(handle, rule);
+            all.insert(handle, Fingerprint::default(), rule);
         }
         all
     }
@@ -213,16 +246,20 @@ mod tests {
         Rule { effects: vec![Effect::Send(address, port)], ..Rule::default() }
     }
 
+    fn print(number: u16) -> Fingerprint {
+        Fingerprint(number.into())
+    }
+
     #[test]
     fn rules_are_found_by_handle_whatever_the_order_they_came_in() {
         let mut rules = Rules::default();
         for handle in [3, 9, 1, 7, 5, 11] {
-            assert_eq!(rules.insert(handle.into(), rule(handle)), None);
+            assert_eq!(rules.insert(handle.into(), print(handle), rule(handle)), None);
         }
-        assert_eq!(rules.insert(7, rule(70)), Some(rule(7)));
+        assert_eq!(rules.insert(7, print(70), rule(70)), Some(rule(7)));
         assert_eq!(
-            (rules.remove(1), rules.remove(1), rules.remove(2)),
-            (Some(rule(1)), None, None)
+            [1, 1, 2].map(|handle| rules.remove(handle)),
+            [Some((print(1), rule(1))), None, None]
         );
         let left: Vec<Rule> = rules.values().cloned().collect();
         assert_eq!(left, [3, 5, 70, 9, 11].map(rule));

@@ -11,9 +11,9 @@ use std::os::fd::AsRawFd as _;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
 };
-use observer::dataplane::nft::{Subscription, read_datagram};
+use observer::dataplane::nft::Subscription;
 use observer::dataplane::{Counters, Family};
-use observer::fuzzing::legacy_table;
+use observer::fuzzing::{self, legacy_table};
 
 use namespace::{captured, dump, feed, in_namespace, next, nft};
 
@@ -100,13 +100,12 @@ fn nftables(rules: &str) {
 
 fn notifications(subscription: &mut Subscription) -> Vec<u8> {
     let counters = Counters::default();
-    let last = Some(dump(&counters).generation());
+    let last = dump(&counters).generation();
     let mut bytes = Vec::new();
     loop {
         let datagram = next(subscription).datagram.expect("nothing is lost");
         bytes.extend(&datagram);
-        let messages = read_datagram(&datagram, &counters);
-        if messages.iter().any(|message| message.generation() == last) {
+        if fuzzing::commits(&datagram).iter().any(|(number, _)| *number == last) {
             return bytes;
         }
     }

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use observer::clock;
 use observer::dataplane::legacy::legacy_tables_in_use;
-use observer::dataplane::nft::follow::{Follow, Step};
-use observer::dataplane::nft::{Message, Subscription, read_datagram};
+use observer::dataplane::nft::Subscription;
+use observer::dataplane::nft::follow::Follow;
 use observer::dataplane::reach::Way;
 use observer::dataplane::rules::Table;
 use observer::dataplane::{Counters, Family};
@@ -104,9 +104,9 @@ fn catch_up(
     while follow.generation() != generation {
         let arrival = next(subscription);
         let datagram = arrival.datagram.expect("the receive buffer is large enough");
-        for message in read_datagram(&datagram, counters) {
-            assert_ne!(follow.step(message, arrival.earliest, arrival.read_at), Step::Lost);
-        }
+        let stamps = (arrival.earliest, arrival.read_at);
+        let taken = follow.take(&datagram, stamps, counters, &mut Vec::new());
+        taken.expect("nothing is lost");
     }
 }
 
@@ -258,15 +258,17 @@ fn messages_are_followed(recording: Recording) -> Vec<(String, BTreeSet<String>)
     let first = course.timeline.commits[0].name.parse::<u32>().expect("a generation");
     let fresh = dump(&counters).ruleset().clone();
     let handles = Handles::between(recording.table, &handles, &listed(recording.table), &fresh);
-    let mut follow = Follow::from_dump(fresh, first - 1);
+    let mut follow = Follow::from_dump(fresh, first - 1, first - 1);
     let mut now: BTreeSet<Backend> = backends_of(&follow);
     let mut number = 0;
     for datagram in messages.chunk_by(|one, other| one["t"] == other["t"]) {
         let bytes: Vec<u8> =
             datagram.iter().flat_map(|message| encode(message, &handles)).collect();
         let at = BootNs(unix_time_of_day_ns(datagram[0]["t"].as_str().expect("a time")));
-        for message in read_datagram(&bytes, &counters) {
-            let Some(commit) = committed(&mut follow, message, at) else { continue };
+        let mut commits = Vec::new();
+        follow.take(&bytes, (at, at), &counters, &mut commits).expect("nothing is lost");
+        assert!(commits.len() <= 1, "what there is can be compared after each");
+        for commit in commits {
             let ended = course.timeline.commits[number].at_ns;
             assert!(commit.heard.at.0 <= ended);
             for (backend, way) in
@@ -286,19 +288,6 @@ fn messages_are_followed(recording: Recording) -> Vec<(String, BTreeSet<String>)
     assert_eq!(counters.malformed.get() + counters.unknown_expressions.get(), 0);
     the_last_state_is_left(recording, &follow);
     course.removals
-}
-
-/// Feeds one message; gives the commit that it completed.
-fn committed(
-    follow: &mut Follow,
-    message: Message,
-    at: BootNs,
-) -> Option<observer::dataplane::nft::follow::Commit> {
-    match follow.step(message, at, at) {
-        Step::Nothing => None,
-        Step::Commit(commit) => Some(commit),
-        Step::Lost => panic!("nothing of the recording is lost"),
-    }
 }
 
 fn backends_of(follow: &Follow) -> BTreeSet<Backend> {

@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use observer::dataplane::Counters;
-use observer::dataplane::nft::follow::{Follow, Step};
-use observer::dataplane::nft::{Message, Subscription, read_datagram};
+use observer::dataplane::nft::Subscription;
+use observer::dataplane::nft::follow::Follow;
 use observer::facts::BootNs;
+use observer::fuzzing;
 
 use super::namespace::{captured, dump, expected, feed, in_namespace, next, nft, reached};
 
@@ -68,24 +69,40 @@ fn truncated_and_altered_notifications_never_panic() {
         nft(&captured("nftables-1.36/0-before.nft"));
         let counters = Counters::default();
         let mut datagrams = Vec::new();
-        let mut messages = Vec::new();
-        while messages.last().and_then(Message::generation).is_none() {
-            let datagram = next(&mut subscription).datagram.expect("nothing is lost");
-            messages.extend(read_datagram(&datagram, &counters));
-            datagrams.push(datagram);
+        while datagrams.last().is_none_or(|last: &Vec<u8>| fuzzing::commits(last).is_empty()) {
+            datagrams.push(next(&mut subscription).datagram.expect("nothing is lost"));
         }
+        let end = commit_end(1);
         for datagram in &datagrams {
             for length in 0..datagram.len() {
-                read_datagram(&datagram[..length], &counters);
+                take_all(&[&datagram[..length], &end], &counters);
             }
             for at in 0..datagram.len() {
                 let mut altered = datagram.clone();
                 altered[at] ^= 0xff;
-                read_datagram(&altered, &counters);
+                take_all(&[&altered, &end], &counters);
             }
         }
         assert!(counters.malformed.get() > 0);
     });
+}
+
+/// `NFT_MSG_NEWGEN` with `NFTA_GEN_ID`.
+fn commit_end(number: u32) -> Vec<u8> {
+    let header: [&[u8]; 4] = [&28_u32.to_ne_bytes(), &0x0a0f_u16.to_ne_bytes(), &[0; 10], &[0; 4]];
+    let id: [&[u8]; 3] = [&8_u16.to_ne_bytes(), &1_u16.to_ne_bytes(), &number.to_be_bytes()];
+    [header.concat(), id.concat()].concat()
+}
+
+/// From a namespace without tables on, until something is lost.
+fn take_all(datagrams: &[&[u8]], counters: &Counters) {
+    let mut follow = Follow::default();
+    for datagram in datagrams {
+        let taken = follow.take(datagram, (BootNs(0), BootNs(0)), counters, &mut Vec::new());
+        if taken.is_err() {
+            return;
+        }
+    }
 }
 
 /// Two tables with 5,000 rules each that have nothing to do with Services.
@@ -157,7 +174,6 @@ fn among_ten_thousand_foreign_rules_kube_proxys_backends_are_right() {
 }
 
 fn follow(follow: &mut Follow, datagram: &[u8], counters: &Counters) {
-    for message in read_datagram(datagram, counters) {
-        assert_ne!(follow.step(message, BootNs(0), BootNs(0)), Step::Lost);
-    }
+    let taken = follow.take(datagram, (BootNs(0), BootNs(0)), counters, &mut Vec::new());
+    taken.expect("nothing is lost");
 }

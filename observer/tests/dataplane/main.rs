@@ -3,6 +3,7 @@
 
 mod captures;
 mod choices;
+mod dumping;
 mod encoding;
 mod families;
 mod following;

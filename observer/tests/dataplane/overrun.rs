@@ -1,7 +1,8 @@
 //! An overrun of the subscription: what the kernel drops without a word is older than the news.
 
 use observer::dataplane::Counters;
-use observer::dataplane::nft::{Subscription, read_datagram};
+use observer::dataplane::nft::Subscription;
+use observer::fuzzing;
 
 use super::namespace::{dump, in_namespace, next, nft};
 
@@ -22,12 +23,10 @@ fn a_commit_after_the_news_of_an_overrun_is_not_dropped() {
         while next(&mut subscription).datagram.is_some() {}
 
         nft("add table ip late");
-        let counters = Counters::default();
-        let generation = dump(&counters).generation();
+        let generation = dump(&Counters::default()).generation();
         loop {
             let datagram = next(&mut subscription).datagram.expect("no second overrun");
-            let messages = read_datagram(&datagram, &counters);
-            if messages.iter().any(|message| message.generation() == Some(generation)) {
+            if fuzzing::commits(&datagram).iter().any(|(number, _)| *number == generation) {
                 return;
             }
         }

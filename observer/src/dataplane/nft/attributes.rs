@@ -26,6 +26,8 @@ pub(in super::super) struct Frame<'d> {
     pub sequence: u32,
     /// What follows the header.
     pub payload: &'d [u8],
+    /// All of it, header and padding included.
+    pub whole: &'d [u8],
 }
 
 /// The messages of a datagram; the first malformed one ends it.
@@ -65,8 +67,8 @@ fn split_frame(bytes: &[u8]) -> Option<(Frame<'_>, &[u8])> {
     let payload = bytes.get(MESSAGE_HEADER_BYTES..length)?;
     let half = |at: usize| Some(u16::from_ne_bytes(*bytes.get(at..)?.first_chunk()?));
     let sequence = u32::from_ne_bytes(*bytes.get(8..)?.first_chunk()?);
-    let frame = Frame { kind: half(4)?, flags: half(6)?, sequence, payload };
-    Some((frame, bytes.get(length.next_multiple_of(4)..).unwrap_or_default()))
+    let (whole, rest) = bytes.split_at(length.next_multiple_of(4).min(bytes.len()));
+    Some((Frame { kind: half(4)?, flags: half(6)?, sequence, payload, whole }, rest))
 }
 
 fn split_attribute(bytes: &[u8]) -> Option<(Attribute<'_>, &[u8])> {

@@ -1,7 +1,8 @@
 //! Reads all rules at once: at the start, and whenever notifications were lost.
 //!
-//! A dump is many requests (`nf_tables` has none for everything), so it is only good if the
-//! generation is the same before and after; a commit in between means again.
+//! A dump is many requests (`nf_tables` has none for everything), and commits may fall between
+//! them: the generations before and after say which, and [`Follow`] applies those once more. Within
+//! one answer the kernel tells of a commit, and it is asked for again: rules may be missing in it.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -14,7 +15,7 @@ use nix::sys::socket::{MsgFlags, send};
 
 use super::attributes::{Frame, frames};
 use super::follow::Follow;
-use super::messages::{Change, Message, Passed, SUBSYSTEM, TableFamily, TableId, decode, kind};
+use super::messages::{Change, Passed, SUBSYSTEM, TableFamily, TableId, Within, generation, kind};
 use super::ruleset::Ruleset;
 use super::socket;
 use crate::dataplane::Counters;
@@ -36,12 +37,19 @@ const DONE: u16 = 3;
 const KEYS_MAX: u32 = 16;
 /// The kernel answers at once; this only ends a wait that would never end.
 const ANSWER_SECONDS: i64 = 5;
+/// How often one request is made while commits fall into its answer. The longest take some 50 ms
+/// (10,000 Services: all chains, or the rules of `KUBE-SERVICES`).
+const ATTEMPTS: usize = 100;
 
 /// Why there is no dump.
 #[derive(Debug)]
 pub enum Fault {
-    /// The rules changed while they were read: try again.
+    /// The rules changed all the time while they were read: try again.
     Changed,
+    /// What was asked for is not there.
+    Missing,
+    /// The kernel does not know such a request.
+    Unknown,
     /// This kernel has no `nf_tables`.
     Absent,
     /// Anything else.
@@ -54,8 +62,7 @@ impl From<anyhow::Error> for Fault {
     }
 }
 
-/// Asks the kernel for its rules, once: after a fault, answers may still be on their way. On two
-/// sockets, for the kernel does one request of each at a time.
+/// Asks the kernel for its rules. On two sockets, for the kernel does one request of each at a time.
 #[derive(Debug)]
 pub struct Dumper {
     sockets: [Asker; 2],
@@ -70,24 +77,24 @@ impl Dumper {
         Ok(Self { sockets: [Asker::open()?, Asker::open()?] })
     }
 
-    /// Reads everything, blocking.
+    /// Reads everything, blocking; whole once the commits meanwhile have been taken in. Once: after
+    /// a fault, answers may still be on their way.
     ///
     /// # Errors
     /// [`Fault`] says whether to try again.
     pub fn dump(self, counters: &Counters) -> Result<Follow, Fault> {
         let [mut one, mut other] = self.sockets;
-        let before = one.generation(counters)?;
-        let mut messages: Vec<(TableId, Change)> = Vec::new();
+        let from = match one.generation(counters) {
+            Err(Fault::Unknown) => return Err(Fault::Absent),
+            from => from?,
+        };
         // Rules are asked for chain by chain: asked for all, the kernel walks from the first one
         // again for each datagram, which takes time with the square of the rules.
-        let mut contents: Vec<Content> = Vec::new();
+        let mut messages = Messages::new();
         for kind in [kind::GET_TABLE, kind::GET_CHAIN, kind::GET_SET] {
-            one.ask(kind, ALL, &nothing(), counters, |message| {
-                let Message::In(table, change) = message else { return };
-                contents.extend(Content::of(&table, &change));
-                messages.push((table, change));
-            })?;
+            one.all(kind, &nothing(), counters, &mut messages)?;
         }
+        let contents = messages.iter().filter_map(Content::of).collect::<Vec<_>>();
         // Every other one: later maps take longer.
         let (odd, even) = (contents.iter().skip(1).step_by(2), contents.iter().step_by(2));
         let (even, odd) = thread::scope(|scope| {
@@ -97,13 +104,14 @@ impl Dumper {
         });
         messages.extend(even?);
         messages.extend(odd?);
-        if one.generation(counters)? != before {
-            return Err(Fault::Changed);
-        }
+        let until = one.generation(counters)?;
         let ruleset = Ruleset::from_messages(messages).ok().ok_or(Fault::Changed)?;
-        Ok(Follow::from_dump(ruleset, before))
+        Ok(Follow::from_dump(ruleset, from, until))
     }
 }
+
+/// What the kernel says of its tables.
+type Messages = Vec<(TableId, Change)>;
 
 /// One socket to ask the kernel by.
 #[derive(Debug)]
@@ -124,10 +132,14 @@ impl Asker {
         &mut self,
         contents: impl Iterator<Item = &'c Content>,
         counters: &Counters,
-    ) -> Result<Vec<(TableId, Change)>, Fault> {
-        let mut messages = Vec::new();
+    ) -> Result<Messages, Fault> {
+        let mut messages = Messages::new();
         for content in contents {
-            self.contents(content, counters, &mut messages)?;
+            match self.contents(content, counters, &mut messages) {
+                // It was deleted meanwhile.
+                Err(Fault::Missing) => {}
+                answer => answer?,
+            }
         }
         Ok(messages)
     }
@@ -142,7 +154,7 @@ impl Asker {
         &mut self,
         content: &Content,
         counters: &Counters,
-        messages: &mut Vec<(TableId, Change)>,
+        messages: &mut Messages,
     ) -> Result<(), Fault> {
         let Content { kind, table, name, numbered } = content;
         let body = about(table, name);
@@ -153,11 +165,34 @@ impl Asker {
                 messages.extend(message.within());
             });
             match answer {
-                Err(Fault::Changed | Fault::Absent) => messages.truncate(known),
+                Err(Fault::Changed | Fault::Missing | Fault::Unknown) => messages.truncate(known),
                 answer => return answer,
             }
         }
-        self.ask(*kind, ALL, &body, counters, |message| messages.extend(message.within()))
+        self.all(*kind, &body, counters, messages)
+    }
+
+    /// Makes a request for all of a kind, until no commit falls into its answer.
+    fn all(
+        &mut self,
+        kind: u8,
+        body: &[u8],
+        counters: &Counters,
+        messages: &mut Messages,
+    ) -> Result<(), Fault> {
+        let known = messages.len();
+        for _ in 0..ATTEMPTS {
+            let answer =
+                self.ask(kind, ALL, body, counters, |message| messages.extend(message.within()));
+            match answer {
+                Err(Fault::Changed) => {
+                    counters.interrupted_reads.increase();
+                    messages.truncate(known);
+                }
+                answer => return answer,
+            }
+        }
+        Err(Fault::Changed)
     }
 
     fn generation(&mut self, counters: &Counters) -> Result<u32, Fault> {
@@ -168,7 +203,7 @@ impl Asker {
         generation.ok_or_else(|| anyhow::anyhow!("no nf_tables generation in the answer").into())
     }
 
-    /// Sends a request and passes the messages of the answer to `take`.
+    /// Sends a request and passes the messages of the answer to `take`. Reads all of the answer.
     fn ask(
         &mut self,
         kind: u8,
@@ -181,16 +216,48 @@ impl Asker {
         let request = request(kind, flags, self.sequence, body);
         send(self.socket.as_raw_fd(), &request, MsgFlags::empty())
             .context("ask the kernel for its nf_tables rules")?;
+        let mut answer = Answer::to(self.sequence, flags);
         loop {
             let datagram = match socket::receive(&self.socket, &mut self.buffer, MsgFlags::empty())
             {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 datagram => datagram.context("read the kernel's nf_tables rules")?,
             };
-            match read_answer(datagram, self.sequence, flags, counters, &mut take)? {
-                Progress::Ended => return Ok(()),
-                Progress::Continues => {}
+            if answer.read(datagram, counters, &mut take)? {
+                return Ok(());
             }
+        }
+    }
+}
+
+/// One message of an answer.
+enum Message {
+    Generation(u32),
+    Within(TableId, Change),
+}
+
+impl Message {
+    fn read(frame: &Frame<'_>, counters: &Counters) -> Result<Self, Passed> {
+        if let Some(generation) = generation(frame) {
+            return Ok(Self::Generation(generation?.number));
+        }
+        let within = Within::read(frame)?;
+        let (change, unknown) = within.change()?;
+        counters.unknown_expressions.add(unknown);
+        Ok(Self::Within(within.table(None), change))
+    }
+
+    fn generation(self) -> Option<u32> {
+        match self {
+            Self::Generation(number) => Some(number),
+            Self::Within(..) => None,
+        }
+    }
+
+    fn within(self) -> Option<(TableId, Change)> {
+        match self {
+            Self::Within(table, change) => Some((table, change)),
+            Self::Generation(_) => None,
         }
     }
 }
@@ -206,7 +273,7 @@ struct Content {
 
 impl Content {
     /// What a message announces.
-    fn of(table: &TableId, change: &Change) -> Option<Self> {
+    fn of((table, change): &(TableId, Change)) -> Option<Self> {
         let (kind, name, numbered) = match change {
             Change::NewChain { chain, .. } => (kind::GET_RULE, chain, None),
             Change::NewMap { map, numbered, .. } => (kind::GET_ELEMENTS, map, *numbered),
@@ -216,49 +283,51 @@ impl Content {
     }
 }
 
-/// Whether a datagram was the last one of an answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Progress {
-    Ended,
-    Continues,
-}
-
-/// Passes the messages that a datagram has of the answer to the request `sequence` to `take`.
-fn read_answer(
-    datagram: &[u8],
+/// The answer to one request, while it is read.
+struct Answer {
     sequence: u32,
     flags: u16,
-    counters: &Counters,
-    mut take: impl FnMut(Message),
-) -> Result<Progress, Fault> {
-    for frame in frames(datagram) {
-        let Ok(frame) = frame else {
-            counters.malformed.increase();
-            break;
-        };
-        if frame.sequence != sequence {
-            continue;
-        }
-        if frame.flags & INTERRUPTED != 0 {
-            return Err(Fault::Changed);
-        }
-        match frame.kind {
-            DONE => return Ok(Progress::Ended),
-            ERROR => return fault(&frame).map(|()| Progress::Ended),
-            _ => match decode(&frame) {
-                Ok((message, unknown)) => {
-                    counters.unknown_expressions.add(unknown);
-                    take(message);
-                }
-                Err(Passed::Malformed) => counters.malformed.increase(),
-                Err(Passed::Foreign) => {}
-            },
-        }
-        if flags == ONE {
-            return Ok(Progress::Ended);
-        }
+    /// A commit fell into it.
+    interrupted: bool,
+}
+
+impl Answer {
+    fn to(sequence: u32, flags: u16) -> Self {
+        Self { sequence, flags, interrupted: false }
     }
-    Ok(Progress::Continues)
+
+    /// Passes the messages that a datagram has of the answer to `take`; gives whether it ended.
+    fn read(
+        &mut self,
+        datagram: &[u8],
+        counters: &Counters,
+        mut take: impl FnMut(Message),
+    ) -> Result<bool, Fault> {
+        for frame in frames(datagram) {
+            let Ok(frame) = frame else {
+                counters.malformed.increase();
+                break;
+            };
+            if frame.sequence != self.sequence {
+                continue;
+            }
+            self.interrupted |= frame.flags & INTERRUPTED != 0;
+            match frame.kind {
+                DONE if self.interrupted => return Err(Fault::Changed),
+                DONE => return Ok(true),
+                ERROR => return fault(&frame).map(|()| true),
+                _ => match Message::read(&frame, counters) {
+                    Ok(message) => take(message),
+                    Err(Passed::Malformed) => counters.malformed.increase(),
+                    Err(Passed::Foreign) => {}
+                },
+            }
+            if self.flags == ONE {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
 }
 
 /// The rules in recorded answers to dump requests that were numbered from 1, without a socket.
@@ -268,14 +337,14 @@ fn read_answer(
 pub(crate) fn replay(answers: &[u8], counters: &Counters) -> Result<Ruleset, Fault> {
     let mut messages = Vec::new();
     for sequence in 1.. {
-        let progress = read_answer(answers, sequence, ALL, counters, |message| {
-            messages.extend(message.within());
-        })?;
-        if progress == Progress::Continues {
+        let mut answer = Answer::to(sequence, ALL);
+        if !answer.read(answers, counters, |message| messages.extend(message.within()))? {
             break;
         }
     }
-    Ruleset::from_messages(messages).ok().ok_or(Fault::Changed)
+    let mut ruleset = Ruleset::from_messages(messages).ok().ok_or(Fault::Changed)?;
+    ruleset.walk();
+    Ok(ruleset)
 }
 
 /// `nlmsgerr`: a negative errno, 0 for an acknowledgement.
@@ -283,8 +352,9 @@ fn fault(frame: &Frame<'_>) -> Result<(), Fault> {
     let code = frame.payload.first_chunk().map_or(0, |&code| i32::from_ne_bytes(code));
     match Errno::from_raw(code.wrapping_neg()) {
         Errno::UnknownErrno if code == 0 => Ok(()),
-        Errno::ENOENT | Errno::EINTR | Errno::EAGAIN => Err(Fault::Changed),
-        Errno::EINVAL | Errno::EOPNOTSUPP => Err(Fault::Absent),
+        Errno::EINTR | Errno::EAGAIN => Err(Fault::Changed),
+        Errno::ENOENT => Err(Fault::Missing),
+        Errno::EINVAL | Errno::EOPNOTSUPP => Err(Fault::Unknown),
         Errno::EPERM => Err(Fault::Other(
             anyhow::Error::new(Errno::EPERM)
                 .context("not permitted to read the node's nf_tables rules (needs CAP_NET_ADMIN)"),
@@ -321,7 +391,7 @@ fn numbers(count: u32) -> Vec<u8> {
 fn request(kind: u8, flags: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len() + 16).unwrap_or(u32::MAX);
     let mut message = length.to_ne_bytes().to_vec();
-    message.extend((SUBSYSTEM << 8 | u16::from(kind)).to_ne_bytes());
+    message.extend(u16::from_be_bytes([SUBSYSTEM, kind]).to_ne_bytes());
     message.extend(flags.to_ne_bytes());
     message.extend(sequence.to_ne_bytes());
     message.extend([0; 4]);

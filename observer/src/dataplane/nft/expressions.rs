@@ -5,10 +5,14 @@
 //! symbolically, in words of 4 bytes. An expression that is not known forgets all registers, so
 //! that a stale value is never taken for a destination, and is counted.
 
+use std::hash::{BuildHasher as _, Hash as _, Hasher as _};
 use std::net::IpAddr;
+use std::sync::LazyLock;
+
+use foldhash::quality::RandomState;
 
 use super::attributes::{Malformed, attributes, be32, fields, name};
-use crate::dataplane::rules::{Effect, Family, Name, PortSource, Rule};
+use crate::dataplane::rules::{Effect, Family, Fingerprint, Name, PortSource, Rule};
 use crate::dataplane::{names, xt};
 
 /// Sixteen words: `NFT_REG_1` to `4` are four words each, `NFT_REG32_00` to `15` one.
@@ -30,6 +34,13 @@ const PROTOCOL_AT: [u32; 2] = [9, 6];
 const JUMP_OR_GOTO: [u32; 2] = [(-3_i32).cast_unsigned(), (-4_i32).cast_unsigned()];
 /// `NFTNL_UDATA_RULE_COMMENT`: where iptables-nft before 1.8.3 and `nft` put a comment.
 const USERDATA_COMMENT: u8 = 0;
+
+/// How the attributes of a counter begin: `NFTA_EXPR_NAME` 1, of 12 bytes.
+const COUNTER: [u8; 12] = {
+    let [low, high] = 12_u16.to_ne_bytes();
+    let [kind, zero] = 1_u16.to_ne_bytes();
+    [low, high, kind, zero, b'c', b'o', b'u', b'n', b't', b'e', b'r', 0]
+};
 
 /// Expressions that load a register with something that is no destination.
 const LOADS: [&str; 13] = [
@@ -108,6 +119,25 @@ pub(super) fn reduce(
     // There may be 100,000 rules with one effect each.
     reader.rule.effects.shrink_to_fit();
     Ok((reader.rule, reader.unknown))
+}
+
+/// Tells rules apart by their chain and all that they say, but not by what their counters show.
+pub(super) fn fingerprint(
+    chain: &str,
+    list: &[u8],
+    userdata: Option<&[u8]>,
+) -> Result<Fingerprint, Malformed> {
+    static SEED: LazyLock<RandomState> = LazyLock::new(RandomState::default);
+    let mut hasher = SEED.build_hasher();
+    chain.hash(&mut hasher);
+    for expression in attributes(list) {
+        let (_, expression) = expression?;
+        if !expression.starts_with(&COUNTER) {
+            expression.hash(&mut hasher);
+        }
+    }
+    userdata.hash(&mut hasher);
+    Ok(Fingerprint(hasher.finish()))
 }
 
 /// The comment in a rule's user data: a sequence of type, length and value bytes.
@@ -304,16 +334,9 @@ impl Reader {
 
 #[cfg(test)]
 mod tests {
+    use super::super::written::attribute;
     use super::*;
     use crate::facts::Protocol;
-
-    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-        let length = u16::try_from(value.len() + 4).expect("small");
-        let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
-        bytes.extend(value);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes
-    }
 
     fn number(kind: u16, value: u32) -> Vec<u8> {
         attribute(kind, &value.to_be_bytes())
@@ -394,6 +417,25 @@ mod tests {
             if let Ok((rule, _)) = reduce(Some(Family::V4), &whole[..length], None) {
                 assert!(rule.effects.is_empty(), "{length}");
             }
+        }
+    }
+
+    #[test]
+    fn a_fingerprint_tells_all_but_what_counters_show() {
+        let counted = |packets: u8| expression("counter", &[attribute(1, &[0, 0, 0, packets])]);
+        let of = |chain, list: &[Vec<u8>], userdata| {
+            fingerprint(chain, &list.concat(), userdata).expect("well formed")
+        };
+        let one = of("c", &[tcp(), counted(1)], None);
+        assert_eq!(one, of("c", &[tcp(), counted(9)], None));
+        let go = constant(1, &[10, 0, 0, 7]);
+        for other in [
+            of("d", &[tcp(), counted(1)], None),
+            of("c", &[tcp(), counted(1), go], None),
+            of("c", &[tcp(), counted(1)], Some(&[])),
+            of("c", &[], None),
+        ] {
+            assert_ne!(one, other);
         }
     }
 

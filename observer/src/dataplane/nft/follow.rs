@@ -4,12 +4,18 @@
 //! new generation's number. They are held back until that number is seen, then applied at once:
 //! the model is always exactly one generation. Numbers rise by one per commit (0 is skipped), so
 //! one too far is a loss, and one that a dump already showed is passed over.
+//!
+//! A dump takes a while, and shows of the commits meanwhile some and some not. Their messages say
+//! of each thing what it is afterwards, whatever the dump showed of it: applied once more, from the
+//! generation at which the dump began to that at which it ended, they make the model whole.
 
 use std::mem;
 use std::time::Duration;
 
-use super::messages::{Change, Message, TableId};
-use super::ruleset::Ruleset;
+use super::attributes::{Malformed, frames};
+use super::messages::{Generation, Passed, TableId, Within, generation};
+use super::ruleset::{Ruleset, Transaction, Unexpected};
+use crate::dataplane::Counters;
 use crate::dataplane::reach::Changes;
 use crate::facts::BootNs;
 
@@ -18,9 +24,11 @@ use crate::facts::BootNs;
 /// 50 µs, 99th percentile 90 µs. Waiting for a processor comes on top and is measured each time
 /// (`Subscription`): with four spinning processes on two cores, 600 of 600 commits lay inside.
 pub const DELIVERY: Duration = Duration::from_millis(2);
-/// More messages than any commit of kube-proxy (10,000 Services are about 200,000): past it, a
-/// dump is cheaper than the memory.
-const BATCH_MAX: usize = 1_000_000;
+/// More than any commit of kube-proxy (10,000 Services of 5 endpoints in iptables mode are about
+/// 80 MB): past it, a dump is cheaper than the memory.
+const PENDING_BYTES_MAX: usize = 128 << 20;
+/// Room for pending messages that is kept from commit to commit.
+const PENDING_BYTES_KEPT: usize = 64 << 10;
 
 /// A commit whose rules are now in the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,34 +61,39 @@ pub struct CommitStamps {
     pub before: Option<BootNs>,
 }
 
-/// What a message led to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// Nothing yet.
-    Nothing,
-    /// The model moved on to the next generation.
-    Commit(Commit),
-    /// Something was missed: the model is no longer true and has to be read again.
-    Lost,
-}
+/// Messages were missed or not understood: the model is no longer true and has to be read again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lost;
 
 /// The model and its place in the sequence of commits.
 #[derive(Debug, Default)]
 pub struct Follow {
     ruleset: Ruleset,
     generation: u32,
-    batch: Vec<(TableId, Change)>,
-    /// The batch lacks a message that could not be read.
-    incomplete: bool,
-    /// Earliest arrival and reading time of the batch's first message.
+    /// The generation from which on the model is whole.
+    whole_from: u32,
+    /// Messages of the commit that has not ended yet, one after another.
+    pending: Vec<u8>,
+    /// Earliest arrival and reading time of the first of them.
     began: Option<(BootNs, BootNs)>,
 }
 
 impl Follow {
-    /// Starts from a dump that was all of `generation`.
+    /// Starts from a dump that began at generation `from` and ended at `until`.
     #[must_use]
-    pub fn from_dump(ruleset: Ruleset, generation: u32) -> Self {
-        Self { ruleset, generation, ..Self::default() }
+    pub fn from_dump(ruleset: Ruleset, from: u32, until: u32) -> Self {
+        let mut follow = Self { ruleset, generation: from, whole_from: until, ..Self::default() };
+        if follow.is_whole() {
+            follow.ruleset.walk();
+        }
+        follow
+    }
+
+    /// Whether the commits that happened during the dump have been heard: until then, neither the
+    /// model nor what it reaches is of any use.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        rise(self.whole_from, self.generation) >= 0
     }
 
     /// The model.
@@ -95,42 +108,151 @@ impl Follow {
         self.generation
     }
 
-    /// Takes the next message, which was read at `read` and had arrived no earlier than `earliest`.
-    pub fn step(&mut self, message: Message, earliest: BootNs, read: BootNs) -> Step {
-        match message {
-            Message::In(table, change) => {
+    /// Takes the next messages, which were read at `read` and had arrived no earlier than
+    /// `earliest`; adds the commits that they complete to `commits`, also before an error.
+    ///
+    /// # Errors
+    /// [`Lost`]; messages that are not what the kernel writes are counted.
+    pub fn take(
+        &mut self,
+        datagram: &[u8],
+        (earliest, read): (BootNs, BootNs),
+        counters: &Counters,
+        commits: &mut Vec<Commit>,
+    ) -> Result<(), Lost> {
+        for frame in frames(datagram) {
+            let (frame, ends) = frame
+                .and_then(|frame| Ok((frame, generation(&frame).transpose()?)))
+                .map_err(|Malformed| {
+                    counters.malformed.increase();
+                    Lost
+                })?;
+            let Some(ends) = ends else {
                 self.began.get_or_insert((earliest, read));
-                self.batch.push((table, change));
-                if self.batch.len() > BATCH_MAX { Step::Lost } else { Step::Nothing }
+                self.pending.extend(frame.whole);
+                self.pending.resize(self.pending.len().next_multiple_of(4), 0);
+                if self.pending.len() > PENDING_BYTES_MAX {
+                    return Err(Lost);
+                }
+                continue;
+            };
+            let (earliest, at) = self.began.take().unwrap_or((earliest, read));
+            let heard = Heard { earliest, at, last: read, task: ends.task };
+            let mut pending = mem::take(&mut self.pending);
+            if let Some(tables) = self.end(&pending, ends, counters)? {
+                commits.push(Commit { tables, heard });
             }
-            // At the commit's end, so that a commit of many such messages is read anew once.
-            Message::Unreadable => {
-                self.incomplete = true;
-                Step::Nothing
-            }
-            Message::Cut => Step::Lost,
-            Message::Generation { number, task } => {
-                let incomplete = mem::take(&mut self.incomplete);
-                let batch = mem::take(&mut self.batch);
-                let (earliest, at) = self.began.take().unwrap_or((earliest, read));
-                let next = self.generation.checked_add(1).unwrap_or(1);
-                if number == next && !incomplete {
-                    self.generation = number;
-                    let heard = Heard { earliest, at, last: read, task };
-                    self.commit(batch, heard)
-                } else if number.wrapping_sub(self.generation).cast_signed() <= 0 {
-                    Step::Nothing
-                } else {
-                    Step::Lost
+            pending.clear();
+            pending.shrink_to(PENDING_BYTES_KEPT);
+            self.pending = pending;
+        }
+        Ok(())
+    }
+
+    /// Applies a commit unless the dump showed it already.
+    fn end(
+        &mut self,
+        messages: &[u8],
+        Generation { number, .. }: Generation,
+        counters: &Counters,
+    ) -> Result<Option<Vec<(TableId, Changes)>>, Lost> {
+        let next = self.generation.checked_add(1).unwrap_or(1);
+        if number != next {
+            return if rise(self.generation, number) <= 0 { Ok(None) } else { Err(Lost) };
+        }
+        let was_whole = self.is_whole();
+        self.generation = number;
+        let mut transaction = self.ruleset.begin();
+        let mut last = None;
+        for frame in frames(messages).flatten() {
+            let applied = match Within::read(&frame) {
+                Ok(within) => apply(&mut transaction, within, &mut last, counters),
+                Err(passed) => Err(passed.into()),
+            };
+            match applied {
+                // What the dump showed as it was later lacks what was deleted before.
+                Err(Fault::Unexpected) if was_whole => return Err(Lost),
+                Ok(()) | Err(Fault::Foreign | Fault::Unexpected) => {}
+                Err(Fault::Malformed) => {
+                    counters.malformed.increase();
+                    return Err(Lost);
                 }
             }
         }
+        if was_whole {
+            return Ok(Some(transaction.end()));
+        }
+        if self.is_whole() {
+            self.ruleset.walk();
+        }
+        Ok(None)
     }
+}
 
-    fn commit(&mut self, batch: Vec<(TableId, Change)>, heard: Heard) -> Step {
-        let Ok(tables) = self.ruleset.commit(batch) else { return Step::Lost };
-        Step::Commit(Commit { tables, heard })
+/// Why a message was not applied.
+enum Fault {
+    Foreign,
+    Malformed,
+    Unexpected,
+}
+
+impl From<Passed> for Fault {
+    fn from(passed: Passed) -> Self {
+        match passed {
+            Passed::Foreign => Self::Foreign,
+            Passed::Malformed => Self::Malformed,
+        }
     }
+}
+
+impl From<Malformed> for Fault {
+    fn from(_: Malformed) -> Self {
+        Self::Malformed
+    }
+}
+
+impl From<Unexpected> for Fault {
+    fn from(_: Unexpected) -> Self {
+        Self::Unexpected
+    }
+}
+
+/// Applies a message; `last` is the table of the one before, which is mostly the same.
+fn apply(
+    transaction: &mut Transaction<'_>,
+    message: Within<'_>,
+    last: &mut Option<TableId>,
+    counters: &Counters,
+) -> Result<(), Fault> {
+    let table = &*last.insert(message.table(last.as_ref()));
+    if let Some(rule) = message.rule()?
+        && transaction.rewrite(table, rule.handle, rule.fingerprint()?)
+    {
+        return Ok(());
+    }
+    let (change, unknown) = message.change()?;
+    counters.unknown_expressions.add(unknown);
+    Ok(transaction.apply(table, change)?)
+}
+
+/// The commits that a datagram of notifications ends: their numbers and messages.
+pub(crate) fn ended(mut datagram: &[u8]) -> Vec<(u32, &[u8])> {
+    let mut commits = Vec::new();
+    let mut length = 0;
+    for frame in frames(datagram).map_while(Result::ok) {
+        length += frame.whole.len();
+        if let Some(Ok(end)) = generation(&frame) {
+            let (messages, rest) = datagram.split_at(length);
+            commits.push((end.number, messages));
+            (datagram, length) = (rest, 0);
+        }
+    }
+    commits
+}
+
+/// How far a generation is beyond another; numbers wrap.
+fn rise(from: u32, to: u32) -> i32 {
+    to.wrapping_sub(from).cast_signed()
 }
 
 impl Heard {
@@ -161,43 +283,106 @@ impl Heard {
 
 #[cfg(test)]
 mod tests {
+    use super::super::messages::{SUBSYSTEM, kind};
+    use super::super::written::{attribute, generation, in_table, message};
     use super::*;
     use crate::dataplane::nft::TableFamily;
 
-    fn table() -> Message {
-        let id = TableId { family: TableFamily::Ip, name: "t".into() };
-        Message::In(id, Change::NewTable { dormant: false })
+    fn table() -> Vec<u8> {
+        in_table(kind::NEW_TABLE, &[])
     }
 
-    fn generation(number: u32) -> Message {
-        Message::Generation { number, task: Some(4711) }
+    fn chain(name: &[u8]) -> Vec<u8> {
+        in_table(kind::NEW_CHAIN, &[attribute(3, name)])
+    }
+
+    fn rule_message(kind: u8, chain: &[u8], handle: u64, expressions: &[u8]) -> Vec<u8> {
+        let handle = attribute(3, &handle.to_be_bytes());
+        in_table(kind, &[attribute(2, chain), handle, attribute(4, expressions)])
+    }
+
+    /// It jumps to the chain `b`.
+    fn rule(chain: &[u8], handle: u64) -> Vec<u8> {
+        let jump = attribute(1, &(-3_i32).to_be_bytes());
+        let verdict = attribute(2, &[jump, attribute(2, b"b\0")].concat());
+        let data = [attribute(1, &0_u32.to_be_bytes()), attribute(2, &verdict)].concat();
+        let expression = [attribute(1, b"immediate\0"), attribute(2, &data)].concat();
+        rule_message(kind::NEW_RULE, chain, handle, &attribute(1, &expression))
+    }
+
+    fn deleted(chain: &[u8], handle: u64) -> Vec<u8> {
+        rule_message(kind::DELETE_RULE, chain, handle, &[])
     }
 
     fn at(generation: u32) -> Follow {
-        Follow::from_dump(Ruleset::default(), generation)
+        Follow::from_dump(Ruleset::default(), generation, generation)
     }
 
     const T: [BootNs; 4] = [BootNs(1_000), BootNs(2_000), BootNs(3_000), BootNs(4_000)];
 
+    fn take(follow: &mut Follow, datagram: &[u8], read: BootNs) -> Result<Vec<Commit>, Lost> {
+        let mut commits = Vec::new();
+        follow.take(datagram, (T[0], read), &Counters::default(), &mut commits).map(|()| commits)
+    }
+
+    fn tables(follow: &Follow) -> usize {
+        follow.ruleset().tables().count()
+    }
+
+    /// The handles' number in each chain of the only table, by name.
+    fn rules(follow: &Follow) -> Vec<(String, usize)> {
+        let tables = follow.ruleset().tables();
+        let chains = tables.flat_map(|(_, table)| &table.chains);
+        let mut rules: Vec<_> =
+            chains.map(|(name, chain)| (name.to_string(), chain.rules.len())).collect();
+        rules.sort();
+        rules
+    }
+
     #[test]
     fn nothing_is_applied_before_the_commits_number_is_seen() {
         let mut follow = at(7);
-        assert_eq!(follow.step(table(), T[0], T[0]), Step::Nothing);
-        assert_eq!(follow.ruleset().tables().count(), 0);
-        assert!(matches!(follow.step(generation(8), T[0], T[1]), Step::Commit(_)));
-        assert_eq!(follow.ruleset().tables().count(), 1);
+        assert_eq!(take(&mut follow, &table(), T[0]), Ok(vec![]));
+        assert_eq!(tables(&follow), 0);
+        assert_eq!(take(&mut follow, &generation(8), T[1]).map(|commits| commits.len()), Ok(1));
+        assert_eq!(tables(&follow), 1);
     }
 
     #[test]
     fn a_commit_is_known_by_its_first_message_and_a_late_reading_is_uncertain() {
         let mut follow = at(7);
-        follow.step(table(), T[0], T[1]);
-        follow.step(table(), T[0], T[2]);
-        let Step::Commit(commit) = follow.step(generation(8), T[0], T[3]) else {
-            panic!("a commit")
-        };
+        take(&mut follow, &table(), T[1]).expect("nothing is lost");
+        take(&mut follow, &table(), T[2]).expect("nothing is lost");
+        let commits = take(&mut follow, &generation(8), T[3]).expect("nothing is lost");
+        let [commit] = &commits[..] else { panic!("one commit") };
         assert_eq!((commit.heard.at, commit.heard.task), (T[1], Some(4711)));
         assert_eq!(commit.heard.uncertainty(None), DELIVERY + Duration::from_micros(1 + 2));
+    }
+
+    #[test]
+    fn one_datagram_may_end_several_commits_and_begin_another() {
+        let mut follow = at(7);
+        let datagram = [table(), generation(8), chain(b"a"), generation(9), chain(b"b")].concat();
+        assert_eq!(take(&mut follow, &datagram, T[0]).map(|commits| commits.len()), Ok(2));
+        assert_eq!(rules(&follow), [("a".to_owned(), 0)]);
+        assert_eq!(take(&mut follow, &generation(10), T[0]).map(|commits| commits.len()), Ok(1));
+        assert_eq!(rules(&follow), [("a".to_owned(), 0), ("b".to_owned(), 0)]);
+    }
+
+    #[test]
+    fn a_rule_written_anew_is_known_by_its_new_handle() {
+        let mut follow = at(7);
+        let begin = [table(), chain(b"a"), chain(b"b"), rule(b"a", 1), generation(8)].concat();
+        take(&mut follow, &begin, T[0]).expect("nothing is lost");
+        let anew = [deleted(b"a", 1), rule(b"a", 2), generation(9)].concat();
+        take(&mut follow, &anew, T[0]).expect("nothing is lost");
+        assert_eq!(rules(&follow), [("a".to_owned(), 1), ("b".to_owned(), 0)]);
+        for (handle, left) in [(1, 1), (2, 0)] {
+            let number = follow.generation() + 1;
+            let datagram = [deleted(b"a", handle), generation(number)].concat();
+            take(&mut follow, &datagram, T[0]).expect("nothing is lost");
+            assert_eq!(rules(&follow)[0].1, left, "after the deletion of {handle}");
+        }
     }
 
     #[test]
@@ -221,42 +406,76 @@ mod tests {
     #[test]
     fn what_the_dump_already_showed_is_passed_over() {
         let mut follow = at(7);
-        follow.step(table(), T[0], T[0]);
-        assert_eq!(follow.step(generation(7), T[0], T[0]), Step::Nothing);
-        assert_eq!(follow.ruleset().tables().count(), 0);
-        assert_eq!(follow.generation(), 7);
+        let datagram = [table(), generation(7)].concat();
+        assert_eq!(take(&mut follow, &datagram, T[0]), Ok(vec![]));
+        assert_eq!((tables(&follow), follow.generation()), (0, 7));
     }
 
     #[test]
     fn a_missing_commit_is_a_loss_and_the_number_wraps_past_zero() {
-        assert_eq!(at(7).step(generation(9), T[0], T[0]), Step::Lost);
-        let wrapped = at(u32::MAX).step(generation(1), T[0], T[0]);
-        assert!(matches!(wrapped, Step::Commit(_)));
+        assert_eq!(take(&mut at(7), &generation(9), T[0]), Err(Lost));
+        assert_eq!(take(&mut at(u32::MAX), &generation(1), T[0]).map(|all| all.len()), Ok(1));
     }
 
     #[test]
-    fn a_commit_with_an_unreadable_message_is_a_loss_and_is_not_applied() {
-        let mut follow = at(7);
-        follow.step(table(), T[0], T[0]);
-        assert_eq!(follow.step(Message::Unreadable, T[0], T[0]), Step::Nothing);
-        assert_eq!(follow.step(generation(8), T[0], T[0]), Step::Lost);
-        assert_eq!(follow.ruleset().tables().count(), 0);
-        assert_eq!(at(7).step(Message::Cut, T[0], T[0]), Step::Lost);
-    }
-
-    #[test]
-    fn an_unreadable_message_of_a_commit_that_the_dump_showed_is_passed_over() {
-        let mut follow = at(7);
-        follow.step(Message::Unreadable, T[0], T[0]);
-        assert_eq!(follow.step(generation(7), T[0], T[0]), Step::Nothing);
-        assert!(matches!(follow.step(generation(8), T[0], T[0]), Step::Commit(_)));
+    fn what_a_dump_showed_of_the_commits_meanwhile_is_made_whole_by_their_messages() {
+        // From 7 to 9: the chain `a` got a rule and went, `b` came, with a rule that was written
+        // anew. The dump showed `b` and its last rule, but no longer `a`.
+        let commits = [
+            vec![table(), chain(b"b"), rule(b"a", 1), rule(b"b", 2), generation(8)],
+            vec![deleted(b"a", 1), in_table(kind::DELETE_CHAIN, &[attribute(3, b"a")])],
+            vec![deleted(b"b", 2), rule(b"b", 3), generation(9)],
+        ];
+        let mut dumped = at(6);
+        let shown = [table(), chain(b"b"), rule(b"b", 3), generation(7)].concat();
+        take(&mut dumped, &shown, T[0]).expect("nothing is lost");
+        let mut follow = Follow::from_dump(dumped.ruleset().clone(), 7, 9);
+        for datagram in commits.map(|messages| messages.concat()) {
+            assert!(!follow.is_whole());
+            assert_eq!(take(&mut follow, &datagram, T[0]), Ok(vec![]), "no change that is told");
+        }
+        assert!(follow.is_whole());
+        assert_eq!(rules(&follow), [("b".to_owned(), 1)]);
+        let last = [deleted(b"b", 3), generation(10)].concat();
+        assert_eq!(take(&mut follow, &last, T[0]).map(|commits| commits.len()), Ok(1));
+        assert_eq!(rules(&follow), [("b".to_owned(), 0)]);
     }
 
     #[test]
     fn a_message_about_an_unknown_table_is_a_loss() {
+        let datagram = [chain(b"c"), generation(8)].concat();
+        assert_eq!(take(&mut at(7), &datagram, T[0]), Err(Lost));
+    }
+
+    #[test]
+    fn only_a_malformed_message_that_would_be_kept_makes_its_commit_a_loss() {
+        let malformed = &[9, 0, 1, 0][..];
+        let (ip, bridge) = (TableFamily::Ip.number(), 7);
+        let objects = 18;
+        let cut = message(SUBSYSTEM, kind::NEW_RULE, ip, &[])[..18].to_vec();
+        for (bytes, lost) in [
+            (message(SUBSYSTEM, kind::NEW_RULE, ip, malformed), true),
+            (message(SUBSYSTEM, kind::NEW_GENERATION, 0, malformed), true),
+            (cut, true),
+            (message(SUBSYSTEM, kind::NEW_RULE, bridge, malformed), false),
+            (message(SUBSYSTEM, objects, ip, malformed), false),
+            (message(1, kind::NEW_RULE, ip, malformed), false),
+        ] {
+            let (counters, mut follow) = (Counters::default(), at(7));
+            let mut taken = Ok(());
+            for datagram in [bytes.clone(), generation(8)] {
+                let taken_now = follow.take(&datagram, (T[0], T[0]), &counters, &mut Vec::new());
+                taken = taken.and(taken_now);
+            }
+            assert_eq!(taken.is_err(), lost, "{bytes:?}");
+            assert_eq!(counters.malformed.get(), u64::from(lost), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn a_malformed_message_of_a_commit_that_the_dump_showed_is_passed_over() {
         let mut follow = at(7);
-        let id = TableId { family: TableFamily::Ip, name: "unknown".into() };
-        follow.step(Message::In(id, Change::DeleteChain { chain: "c".into() }), T[0], T[0]);
-        assert_eq!(follow.step(generation(8), T[0], T[0]), Step::Lost);
+        let malformed = message(SUBSYSTEM, kind::NEW_RULE, TableFamily::Ip.number(), &[9, 0, 1, 0]);
+        assert_eq!(take(&mut follow, &[malformed, generation(7)].concat(), T[0]), Ok(vec![]));
     }
 }

@@ -6,10 +6,10 @@
 
 use super::attributes::{Frame, Malformed, attributes, be32, be64, fields, name};
 use super::expressions;
-use crate::dataplane::rules::{Element, ElementKey, Family, Name, Rule};
+use crate::dataplane::rules::{Element, ElementKey, Family, Fingerprint, Name, Rule};
 
 /// `NFNL_SUBSYS_NFTABLES`, the high byte of a message's type.
-pub(super) const SUBSYSTEM: u16 = 10;
+pub(super) const SUBSYSTEM: u8 = 10;
 /// Length of `nfgenmsg`.
 const FAMILY_HEADER_BYTES: usize = 4;
 /// `NFT_TABLE_F_DORMANT`
@@ -43,6 +43,20 @@ pub(super) mod kind {
     pub(crate) const NEW_GENERATION: u8 = 15;
     pub(crate) const GET_GENERATION: u8 = 16;
 }
+
+/// What the model is made of.
+const KEPT: [u8; 10] = [
+    kind::NEW_TABLE,
+    kind::DELETE_TABLE,
+    kind::NEW_CHAIN,
+    kind::DELETE_CHAIN,
+    kind::NEW_RULE,
+    kind::DELETE_RULE,
+    kind::NEW_SET,
+    kind::DELETE_SET,
+    kind::NEW_ELEMENTS,
+    kind::DELETE_ELEMENTS,
+];
 
 /// Family of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -88,42 +102,13 @@ pub struct TableId {
     pub name: Name,
 }
 
-/// One message.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Message {
-    /// A commit's last message.
-    Generation {
-        /// The commit's number.
-        number: u32,
-        /// The thread that made it, in the root pid namespace.
-        task: Option<u32>,
-    },
-    /// Something in a table.
-    In(TableId, Change),
-    /// Something in a table that is not what the kernel writes: its commit is not known whole.
-    Unreadable,
-    /// The rest of a datagram, or a commit's number, is not what the kernel writes: no later
-    /// message need tell that something is missing.
-    Cut,
-}
-
-impl Message {
-    /// What it says of a table, if it does.
-    pub(super) fn within(self) -> Option<(TableId, Change)> {
-        match self {
-            Self::In(table, change) => Some((table, change)),
-            _ => None,
-        }
-    }
-
-    /// The number of the commit that this message ends.
-    #[must_use]
-    pub fn generation(&self) -> Option<u32> {
-        match self {
-            Self::Generation { number, .. } => Some(*number),
-            _ => None,
-        }
-    }
+/// A commit's last message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Generation {
+    /// The commit's number.
+    pub(super) number: u32,
+    /// The thread that made it, in the root pid namespace.
+    pub(super) task: Option<u32>,
 }
 
 /// What a message says of its table.
@@ -143,6 +128,7 @@ pub enum Change {
     NewRule {
         chain: Name,
         handle: u64,
+        fingerprint: Fingerprint,
         rule: Rule,
     },
     DeleteRule {
@@ -184,46 +170,112 @@ impl From<Malformed> for Passed {
     }
 }
 
-/// Decodes one message. Gives also how many expressions it holds that are not known.
-pub(super) fn decode(frame: &Frame<'_>) -> Result<(Message, u64), Passed> {
-    let [kind, subsystem] = frame.kind.to_le_bytes();
-    if u16::from(subsystem) != SUBSYSTEM {
-        return Err(Passed::Foreign);
+/// The number of the commit that a message ends, if it ends one.
+pub(super) fn generation(frame: &Frame<'_>) -> Option<Result<Generation, Malformed>> {
+    /// `NFTA_GEN_ID` 1, `NFTA_GEN_PROC_PID` 2.
+    fn read(body: Option<&[u8]>) -> Result<Generation, Malformed> {
+        let [_, id, task] = fields::<3>(body.ok_or(Malformed)?)?;
+        let number = be32(id.ok_or(Malformed)?)?;
+        Ok(Generation { number, task: task.map(be32).transpose()? })
     }
-    let (header, body) = frame.payload.split_at_checked(FAMILY_HEADER_BYTES).ok_or(Malformed)?;
-    if kind == kind::NEW_GENERATION {
-        return Ok((generation(body).unwrap_or(Message::Cut), 0));
-    }
-    let family = TableFamily::from_number(header[0]).ok_or(Passed::Foreign)?;
-    let (change, unknown) = change(kind, family, body)?;
-    // NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE, …_LIST_TABLE: all 1.
-    let [_, table] = fields::<2>(body)?;
-    Ok((Message::In(TableId { family, name: name(table)?.into() }, change), unknown))
+    (frame.kind.to_le_bytes() == [kind::NEW_GENERATION, SUBSYSTEM])
+        .then(|| read(frame.payload.get(FAMILY_HEADER_BYTES..)))
 }
 
-/// `NFTA_GEN_ID` 1, `NFTA_GEN_PROC_PID` 2.
-fn generation(body: &[u8]) -> Result<Message, Malformed> {
-    let [_, id, task] = fields::<3>(body)?;
-    Ok(Message::Generation {
-        number: be32(id.ok_or(Malformed)?)?,
-        task: task.map(be32).transpose()?,
-    })
+/// A message about something in a table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Within<'d> {
+    kind: u8,
+    family: TableFamily,
+    table: &'d str,
+    body: &'d [u8],
 }
 
-fn change(kind: u8, family: TableFamily, body: &[u8]) -> Result<(Change, u64), Passed> {
-    Ok(match kind {
-        kind::NEW_TABLE => (new_table(body)?, 0),
-        kind::DELETE_TABLE => (Change::DeleteTable, 0),
-        kind::NEW_CHAIN => (new_chain(body)?, 0),
-        kind::DELETE_CHAIN => (delete_chain(body)?, 0),
-        kind::NEW_RULE => new_rule(family, body)?,
-        kind::DELETE_RULE => (delete_rule(body)?, 0),
-        kind::NEW_SET => (new_set(body)?, 0),
-        kind::DELETE_SET => (delete_set(body)?, 0),
-        kind::NEW_ELEMENTS => (new_elements(body)?, 0),
-        kind::DELETE_ELEMENTS => (delete_elements(body)?, 0),
-        _ => return Err(Passed::Foreign),
-    })
+impl<'d> Within<'d> {
+    /// Reads whose it is.
+    pub(super) fn read(frame: &Frame<'d>) -> Result<Self, Passed> {
+        let [kind, subsystem] = frame.kind.to_le_bytes();
+        if subsystem != SUBSYSTEM {
+            return Err(Passed::Foreign);
+        }
+        let (header, body) =
+            frame.payload.split_at_checked(FAMILY_HEADER_BYTES).ok_or(Malformed)?;
+        let family = TableFamily::from_number(header[0]).ok_or(Passed::Foreign)?;
+        if !KEPT.contains(&kind) {
+            return Err(Passed::Foreign);
+        }
+        // NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE, …_LIST_TABLE: all 1.
+        let mut named =
+            attributes(body).filter(|read| !matches!(read, Ok((kind, _)) if *kind != 1));
+        let (_, table) = named.next().ok_or(Malformed)??;
+        Ok(Self { kind, family, table: name(Some(table))?, body })
+    }
+
+    /// Its table; `last` if that is the same one.
+    pub(super) fn table(&self, last: Option<&TableId>) -> TableId {
+        match last {
+            Some(last) if last.family == self.family && &*last.name == self.table => last.clone(),
+            _ => TableId { family: self.family, name: self.table.into() },
+        }
+    }
+
+    /// The rule that it announces, if it announces one.
+    pub(super) fn rule(&self) -> Result<Option<Announced<'d>>, Malformed> {
+        (self.kind == kind::NEW_RULE).then(|| Announced::read(self.body)).transpose()
+    }
+
+    /// What it says. Gives also how many expressions it holds that are not known.
+    pub(super) fn change(&self) -> Result<(Change, u64), Passed> {
+        let body = self.body;
+        let change = match self.kind {
+            kind::NEW_TABLE => new_table(body)?,
+            kind::DELETE_TABLE => Change::DeleteTable,
+            kind::NEW_CHAIN => new_chain(body)?,
+            kind::DELETE_CHAIN => delete_chain(body)?,
+            kind::NEW_RULE => return Ok(Announced::read(body)?.change(self.family)?),
+            kind::DELETE_RULE => delete_rule(body)?,
+            kind::NEW_SET => new_set(body)?,
+            kind::DELETE_SET => delete_set(body)?,
+            kind::NEW_ELEMENTS => new_elements(body)?,
+            kind::DELETE_ELEMENTS => delete_elements(body)?,
+            _ => return Err(Passed::Foreign),
+        };
+        Ok((change, 0))
+    }
+}
+
+/// A rule as the kernel announces it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Announced<'d> {
+    pub(super) chain: &'d str,
+    pub(super) handle: u64,
+    expressions: &'d [u8],
+    userdata: Option<&'d [u8]>,
+}
+
+impl<'d> Announced<'d> {
+    /// `NFTA_RULE_CHAIN` 2, `_HANDLE` 3, `_EXPRESSIONS` 4, `_USERDATA` 7.
+    fn read(body: &'d [u8]) -> Result<Self, Malformed> {
+        let [_, _, chain, handle, expressions, _, _, userdata] = fields::<8>(body)?;
+        Ok(Self {
+            chain: name(chain)?,
+            handle: be64(handle.ok_or(Malformed)?)?,
+            expressions: expressions.unwrap_or_default(),
+            userdata,
+        })
+    }
+
+    /// Of its chain and all that it says.
+    pub(super) fn fingerprint(&self) -> Result<Fingerprint, Malformed> {
+        expressions::fingerprint(self.chain, self.expressions, self.userdata)
+    }
+
+    fn change(&self, family: TableFamily) -> Result<(Change, u64), Malformed> {
+        let (rule, unknown) =
+            expressions::reduce(family.version(), self.expressions, self.userdata)?;
+        let (chain, handle) = (self.chain.into(), self.handle);
+        Ok((Change::NewRule { chain, handle, fingerprint: self.fingerprint()?, rule }, unknown))
+    }
 }
 
 /// `NFTA_TABLE_FLAGS` 2.
@@ -247,15 +299,6 @@ fn new_chain(body: &[u8]) -> Result<Change, Malformed> {
 fn delete_chain(body: &[u8]) -> Result<Change, Malformed> {
     let [_, _, _, chain] = fields::<4>(body)?;
     Ok(Change::DeleteChain { chain: name(chain)?.into() })
-}
-
-/// `NFTA_RULE_CHAIN` 2, `_HANDLE` 3, `_EXPRESSIONS` 4, `_USERDATA` 7.
-fn new_rule(family: TableFamily, body: &[u8]) -> Result<(Change, u64), Malformed> {
-    let [_, _, chain, handle, expressions, _, _, userdata] = fields::<8>(body)?;
-    let (rule, unknown) =
-        expressions::reduce(family.version(), expressions.unwrap_or_default(), userdata)?;
-    let (chain, handle) = (name(chain)?.into(), be64(handle.ok_or(Malformed)?)?);
-    Ok((Change::NewRule { chain, handle, rule }, unknown))
 }
 
 fn delete_rule(body: &[u8]) -> Result<Change, Malformed> {

@@ -10,7 +10,9 @@ use foldhash::HashMap;
 
 use super::messages::{Change, TableId};
 use crate::dataplane::reach::{Changes, Edit, Edits, Reach, Reached, Way};
-use crate::dataplane::rules::{Effect, Element, ElementKey, Map, Name, Rule, Rules, Table};
+use crate::dataplane::rules::{
+    Effect, Element, ElementKey, Fingerprint, Map, Name, Rule, Rules, Table,
+};
 
 /// A message about a table or chain that the model does not have: something was missed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +31,49 @@ struct Followed {
     /// `None` until the table, which is new, has been walked at the end of its first commit.
     reach: Option<Reach>,
     edits: Edits,
+    /// Rules that the commit at hand deleted, and their chains: it may write them anew.
+    deleted: HashMap<Fingerprint, (Name, Rule)>,
+}
+
+/// A commit that is being applied.
+#[derive(Debug)]
+pub(super) struct Transaction<'r> {
+    ruleset: &'r mut Ruleset,
+    /// Its tables, a handful at most, and what those of their names reached that it deleted.
+    touched: Vec<(TableId, Reached)>,
+}
+
+impl Transaction<'_> {
+    /// Applies a message.
+    pub(super) fn apply(&mut self, id: &TableId, change: Change) -> Result<(), Unexpected> {
+        self.touch(id);
+        if change != Change::DeleteTable {
+            return self.ruleset.apply(id, change);
+        }
+        let gone = self.ruleset.tables.remove(id).map(|gone| gone.reached()).unwrap_or_default();
+        let of_table = self.touched.iter_mut().filter(|(known, _)| known == id);
+        of_table.for_each(|(_, all)| all.backends.extend(gone.backends.iter().cloned()));
+        Ok(())
+    }
+
+    /// Applies a rule that this commit deleted and now writes anew, as kube-proxy does by the
+    /// thousands in iptables mode; false when it is not such a rule.
+    pub(super) fn rewrite(&mut self, id: &TableId, handle: u64, fingerprint: Fingerprint) -> bool {
+        let followed = self.ruleset.tables.get_mut(id);
+        followed.is_some_and(|followed| followed.rewrite(handle, fingerprint))
+    }
+
+    fn touch(&mut self, id: &TableId) {
+        if self.touched.iter().all(|(known, _)| known != id) {
+            self.touched.push((id.clone(), Reached::default()));
+        }
+    }
+
+    /// Ends it; gives what it changed of each table's backends.
+    pub(super) fn end(self) -> Vec<(TableId, Changes)> {
+        let Self { ruleset, touched } = self;
+        touched.into_iter().map(|(id, gone)| ruleset.follow(id, &gone)).collect()
+    }
 }
 
 impl Ruleset {
@@ -41,37 +86,21 @@ impl Ruleset {
     ) -> Result<Self, Unexpected> {
         let mut ruleset = Self::default();
         for (id, change) in messages {
-            ruleset.apply(id, change)?;
-        }
-        for followed in ruleset.tables.values_mut() {
-            followed.follow();
+            ruleset.apply(&id, change)?;
         }
         Ok(ruleset)
     }
 
-    /// Applies the messages of one commit; gives what it changed of each table's backends.
-    ///
-    /// # Errors
-    /// When a message is about something the model does not have; the model is then of no use.
-    pub fn commit(
-        &mut self,
-        messages: impl IntoIterator<Item = (TableId, Change)>,
-    ) -> Result<Vec<(TableId, Changes)>, Unexpected> {
-        // A handful at most.
-        let mut touched: Vec<(TableId, Reached)> = Vec::new();
-        for (id, change) in messages {
-            if touched.iter().all(|(known, _)| *known != id) {
-                touched.push((id.clone(), Reached::default()));
-            }
-            if change == Change::DeleteTable {
-                let gone = self.tables.remove(&id).map(|gone| gone.reached()).unwrap_or_default();
-                let of_table = touched.iter_mut().filter(|(known, _)| *known == id);
-                of_table.for_each(|(_, all)| all.backends.extend(gone.backends.iter().cloned()));
-            } else {
-                self.apply(id, change)?;
-            }
+    /// Begins a commit. After an error the model is of no use.
+    pub(super) fn begin(&mut self) -> Transaction<'_> {
+        Transaction { ruleset: self, touched: Vec::new() }
+    }
+
+    /// Walks the tables that were not walked yet.
+    pub(super) fn walk(&mut self) {
+        for followed in self.tables.values_mut() {
+            followed.follow();
         }
-        Ok(touched.into_iter().map(|(id, gone)| self.follow(id, &gone)).collect())
     }
 
     /// Brings what a table reaches up to date; `gone` was reached by a table of that name that was
@@ -90,12 +119,12 @@ impl Ruleset {
         (id, changes)
     }
 
-    fn apply(&mut self, id: TableId, change: Change) -> Result<(), Unexpected> {
+    fn apply(&mut self, id: &TableId, change: Change) -> Result<(), Unexpected> {
         if let Change::NewTable { dormant } = change {
-            self.tables.entry(id).or_default().set_dormant(dormant);
+            self.tables.entry(id.clone()).or_default().set_dormant(dormant);
             return Ok(());
         }
-        self.tables.get_mut(&id).ok_or(Unexpected)?.apply(change)
+        self.tables.get_mut(id).ok_or(Unexpected)?.apply(change)
     }
 
     /// Its tables.
@@ -117,6 +146,9 @@ impl Followed {
 
     /// Brings what is reached up to date.
     fn follow(&mut self) -> Changes {
+        for (chain, rule) in mem::take(&mut self.deleted).into_values() {
+            self.note(|| Edit::Rule(chain, rule), Way::Removed);
+        }
         let edits = mem::take(&mut self.edits);
         if let Some(reach) = &mut self.reach {
             return reach.follow(&self.table, edits);
@@ -150,7 +182,9 @@ impl Followed {
             Change::NewTable { .. } | Change::DeleteTable => {}
             Change::NewChain { chain, entry } => self.new_chain(chain, entry),
             Change::DeleteChain { chain } => self.delete_chain(&chain),
-            Change::NewRule { chain, handle, rule } => self.new_rule(&chain, handle, rule)?,
+            Change::NewRule { chain, handle, fingerprint, rule } => {
+                self.new_rule(&chain, handle, fingerprint, rule)?;
+            }
             Change::DeleteRule { chain, handle } => self.delete_rule(chain, handle)?,
             Change::NewMap { map, handle, .. } => self.new_map(&map, handle),
             // With another handle it is the former owner of a name that is already used again.
@@ -193,19 +227,37 @@ impl Followed {
         }
     }
 
-    fn new_rule(&mut self, chain: &Name, handle: u64, rule: Rule) -> Result<(), Unexpected> {
+    fn new_rule(
+        &mut self,
+        chain: &Name,
+        handle: u64,
+        fingerprint: Fingerprint,
+        rule: Rule,
+    ) -> Result<(), Unexpected> {
         let before = if rule.effects.is_empty() {
-            self.rules_of(chain)?.remove(handle)
+            self.rules_of(chain)?.remove(handle).map(|(_, rule)| rule)
         } else {
             let rule = self.with_known_names(rule);
             self.note(|| Edit::Rule(chain.clone(), rule.clone()), Way::Added);
             let rules = self.rules_of(chain)?;
-            rules.insert(handle, with_service_of(rules.last(), rule))
+            rules.insert(handle, fingerprint, with_service_of(rules.last(), rule))
         };
         if let Some(rule) = before {
             self.note(|| Edit::Rule(chain.clone(), rule), Way::Removed);
         }
         Ok(())
+    }
+
+    fn rewrite(&mut self, handle: u64, fingerprint: Fingerprint) -> bool {
+        let Some((chain, rule)) = self.deleted.remove(&fingerprint) else { return false };
+        let Ok(rules) = self.rules_of(&chain) else {
+            self.note(|| Edit::Rule(chain, rule), Way::Removed);
+            return false;
+        };
+        if let Some(before) = rules.insert(handle, fingerprint, rule) {
+            self.note(|| Edit::Rule(chain, before), Way::Removed);
+        }
+        true
     }
 
     fn rules_of(&mut self, chain: &Name) -> Result<&mut Rules, Unexpected> {
@@ -227,8 +279,11 @@ impl Followed {
     }
 
     fn delete_rule(&mut self, chain: Name, handle: u64) -> Result<(), Unexpected> {
-        if let Some(gone) = self.rules_of(&chain)?.remove(handle) {
-            self.note(|| Edit::Rule(chain, gone), Way::Removed);
+        let Some((fingerprint, gone)) = self.rules_of(&chain)?.remove(handle) else {
+            return Ok(());
+        };
+        if let Some((chain, same)) = self.deleted.insert(fingerprint, (chain, gone)) {
+            self.note(|| Edit::Rule(chain, same), Way::Removed);
         }
         Ok(())
     }
@@ -279,8 +334,10 @@ fn with_service_of(before: Option<&Rule>, mut rule: Rule) -> Rule {
 #[cfg(test)]
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
+    use std::hash::BuildHasher as _;
     use std::sync::Arc;
 
+    use foldhash::fast::FixedState;
     use proptest::prelude::*;
 
     use super::*;
@@ -315,7 +372,7 @@ mod tests {
                 Change::NewTable { dormant: false },
                 Change::NewMap { map: "service-ips".into(), handle: 1, numbered: None },
                 Change::NewChain { chain: "nat".into(), entry: true },
-                Change::NewRule { chain: "nat".into(), handle: 2, rule },
+                new_rule("nat", 2, rule),
             ]
         }
 
@@ -364,7 +421,7 @@ mod tests {
             vec![
                 Change::NewMap { map: map.clone(), handle, numbered: None },
                 Change::NewElements { set: map, elements: endpoints.iter().map(element).collect() },
-                Change::NewRule { chain: chain(service), handle: rule_handle, rule },
+                new_rule(&chain(service), rule_handle, rule),
             ]
         }
 
@@ -387,9 +444,30 @@ mod tests {
         TableId { family: TableFamily::Ip, name: "kube-proxy".into() }
     }
 
+    fn new_rule(chain: &str, handle: u64, rule: Rule) -> Change {
+        let fingerprint = Fingerprint(FixedState::default().hash_one((chain, &rule)));
+        Change::NewRule { chain: chain.into(), handle, fingerprint, rule }
+    }
+
+    /// Applies a commit; a rule that is written anew is taken for that.
+    fn commit(
+        ruleset: &mut Ruleset,
+        changes: Vec<Change>,
+    ) -> Result<Vec<(TableId, Changes)>, Unexpected> {
+        let mut transaction = ruleset.begin();
+        for change in changes {
+            if let Change::NewRule { handle, fingerprint, .. } = &change
+                && transaction.rewrite(&id(), *handle, *fingerprint)
+            {
+                continue;
+            }
+            transaction.apply(&id(), change)?;
+        }
+        Ok(transaction.end())
+    }
+
     fn applied(mut ruleset: Ruleset, changes: Vec<Change>) -> Ruleset {
-        let messages = changes.into_iter().map(|change| (id(), change));
-        assert!(ruleset.commit(messages).is_ok());
+        assert!(commit(&mut ruleset, changes).is_ok());
         ruleset
     }
 
@@ -454,11 +532,8 @@ mod tests {
                     entry,
                 }),
                 1 => Just(Change::DeleteChain { chain: deleted }),
-                8 => (0_u64..3, any_rule(rank)).prop_map(move |(handle, rule)| Change::NewRule {
-                    chain: in_chain.clone(),
-                    handle,
-                    rule,
-                }),
+                8 => (0_u64..3, any_rule(rank))
+                    .prop_map(move |(handle, rule)| new_rule(&in_chain, handle, rule)),
                 4 => (0_u64..3).prop_map(move |handle| Change::DeleteRule {
                     chain: of_chain.clone(),
                     handle,
@@ -495,14 +570,14 @@ mod tests {
             let mut reached = BTreeSet::new();
             let chains =
                 (0..RANKS).map(|rank| Change::NewChain { chain: ranked(rank), entry: rank < 2 });
-            for commit in commits {
+            for changes in commits {
                 // A table that was deleted is made again, with its chains, before it is edited.
                 let exists = ruleset.tables.contains_key(&id());
                 let made = [Change::NewTable { dormant: false }].into_iter().chain(chains.clone());
                 let made = made.filter(|_| !exists).collect::<Vec<_>>();
-                let messages = made.into_iter().chain(commit).map(|change| (id(), change));
+                let changes = made.into_iter().chain(changes).collect();
                 let before = ruleset.clone();
-                let Ok(changed) = ruleset.commit(messages) else {
+                let Ok(changed) = commit(&mut ruleset, changes) else {
                     // About something that is not there: the daemon would read all anew.
                     ruleset = before;
                     continue;
@@ -514,8 +589,9 @@ mod tests {
                     }
                 }
                 prop_assert_eq!(&reached, &ruleset.reached(&id()).backends);
-                if let Some(Followed { table, reach, edits }) = ruleset.tables.get(&id()) {
-                    prop_assert!(edits.is_empty());
+                if let Some(followed) = ruleset.tables.get(&id()) {
+                    let Followed { table, reach, edits, deleted } = followed;
+                    prop_assert!(edits.is_empty() && deleted.is_empty());
                     prop_assert_eq!(reach.as_ref(), Some(&Reach::of(table)));
                 }
             }
@@ -545,7 +621,7 @@ mod tests {
     }
 
     fn added(handle: u64, rule: Rule) -> Change {
-        Change::NewRule { chain: "nat".into(), handle, rule }
+        new_rule("nat", handle, rule)
     }
 
     fn deleted(handle: u64) -> Change {
@@ -567,10 +643,8 @@ mod tests {
     fn a_rule_written_anew_is_no_edit_and_is_known_by_its_new_handle() {
         let mut ruleset = of_rules(&[(1, send(80)), (2, send(81))]);
         let anew = [deleted(1), deleted(2), added(3, send(81)), added(4, send(80))];
-        for change in anew {
-            ruleset.apply(id(), change).expect("a known chain");
-        }
-        assert!(ruleset.tables[&id()].edits.is_empty());
+        let changed = commit(&mut ruleset, anew.into()).expect("a known chain");
+        assert!(changed.iter().all(|(_, changes)| changes.backends.is_empty()));
         ruleset = applied(ruleset, vec![deleted(3)]);
         assert_eq!(ports(&ruleset), [80]);
         ruleset = applied(ruleset, vec![deleted(2), deleted(1)]);
