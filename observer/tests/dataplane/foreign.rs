@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
+use bytes::Bytes;
 use observer::dataplane::Counters;
 use observer::dataplane::nft::Subscription;
 use observer::dataplane::nft::follow::Follow;
@@ -69,7 +70,7 @@ fn truncated_and_altered_notifications_never_panic() {
         nft(&captured("nftables-1.36/0-before.nft"));
         let counters = Counters::default();
         let mut datagrams = Vec::new();
-        while datagrams.last().is_none_or(|last: &Vec<u8>| fuzzing::commits(last).is_empty()) {
+        while datagrams.last().is_none_or(|last: &Bytes| fuzzing::commits(last).is_empty()) {
             datagrams.push(next(&mut subscription).datagram.expect("nothing is lost"));
         }
         let end = commit_end(1);
@@ -78,7 +79,7 @@ fn truncated_and_altered_notifications_never_panic() {
                 take_all(&[&datagram[..length], &end], &counters);
             }
             for at in 0..datagram.len() {
-                let mut altered = datagram.clone();
+                let mut altered = datagram.to_vec();
                 altered[at] ^= 0xff;
                 take_all(&[&altered, &end], &counters);
             }
@@ -98,7 +99,8 @@ fn commit_end(number: u32) -> Vec<u8> {
 fn take_all(datagrams: &[&[u8]], counters: &Counters) {
     let mut follow = Follow::default();
     for datagram in datagrams {
-        let taken = follow.take(datagram, (BootNs(0), BootNs(0)), counters, &mut Vec::new());
+        let datagram = Bytes::copy_from_slice(datagram);
+        let taken = follow.take(&datagram, (BootNs(0), BootNs(0)), counters, &mut Vec::new());
         if taken.is_err() {
             return;
         }
@@ -130,7 +132,7 @@ COMMIT
 ";
 
 /// The same bytes with other names of the same length.
-fn renamed(datagram: &[u8], names: [(&[u8], &[u8]); 2]) -> Vec<u8> {
+fn renamed(datagram: &[u8], names: [(&[u8], &[u8]); 2]) -> Bytes {
     let mut bytes = datagram.to_vec();
     for (from, to) in names {
         for at in 0..bytes.len().saturating_sub(from.len()) {
@@ -139,7 +141,7 @@ fn renamed(datagram: &[u8], names: [(&[u8], &[u8]); 2]) -> Vec<u8> {
             }
         }
     }
-    bytes
+    bytes.into()
 }
 
 #[test]
@@ -173,7 +175,7 @@ fn among_ten_thousand_foreign_rules_kube_proxys_backends_are_right() {
     });
 }
 
-fn follow(follow: &mut Follow, datagram: &[u8], counters: &Counters) {
+fn follow(follow: &mut Follow, datagram: &Bytes, counters: &Counters) {
     let taken = follow.take(datagram, (BootNs(0), BootNs(0)), counters, &mut Vec::new());
     taken.expect("nothing is lost");
 }

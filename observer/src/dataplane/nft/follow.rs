@@ -12,8 +12,10 @@
 use std::mem;
 use std::time::Duration;
 
+use bytes::Bytes;
+
 use super::attributes::{Malformed, frames};
-use super::messages::{Generation, Passed, TableId, Within, generation};
+use super::messages::{Passed, TableId, Within, generation};
 use super::ruleset::{Ruleset, Transaction, Unexpected};
 use crate::dataplane::Counters;
 use crate::dataplane::reach::Changes;
@@ -27,9 +29,6 @@ pub const DELIVERY: Duration = Duration::from_millis(2);
 /// More than any commit of kube-proxy (10,000 Services of 5 endpoints in iptables mode are about
 /// 80 MB): past it, a dump is cheaper than the memory.
 const PENDING_BYTES_MAX: usize = 128 << 20;
-/// Room for pending messages that is kept from commit to commit.
-const PENDING_BYTES_KEPT: usize = 64 << 10;
-
 /// A commit whose rules are now in the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Commit {
@@ -72,8 +71,9 @@ pub struct Follow {
     generation: u32,
     /// The generation from which on the model is whole.
     whole_from: u32,
-    /// Messages of the commit that has not ended yet, one after another.
-    pending: Vec<u8>,
+    /// Messages of the commit that has not ended yet, in order.
+    pending: Vec<Bytes>,
+    pending_bytes: usize,
     /// Earliest arrival and reading time of the first of them.
     began: Option<(BootNs, BootNs)>,
 }
@@ -115,47 +115,45 @@ impl Follow {
     /// [`Lost`]; messages that are not what the kernel writes are counted.
     pub fn take(
         &mut self,
-        datagram: &[u8],
+        datagram: &Bytes,
         (earliest, read): (BootNs, BootNs),
         counters: &Counters,
         commits: &mut Vec<Commit>,
     ) -> Result<(), Lost> {
+        let (mut pending_from, mut here) = (0, 0);
         for frame in frames(datagram) {
-            let (frame, ends) = frame
-                .and_then(|frame| Ok((frame, generation(&frame).transpose()?)))
-                .map_err(|Malformed| {
-                    counters.malformed.increase();
-                    Lost
-                })?;
-            let Some(ends) = ends else {
-                self.began.get_or_insert((earliest, read));
-                self.pending.extend(frame.whole);
-                self.pending.resize(self.pending.len().next_multiple_of(4), 0);
-                if self.pending.len() > PENDING_BYTES_MAX {
-                    return Err(Lost);
+            let frame = frame.and_then(|frame| Ok((frame, generation(&frame).transpose()?)));
+            let (frame, end) = frame.map_err(|Malformed| {
+                counters.malformed.increase();
+                Lost
+            })?;
+            let end_of_frame = here + frame.whole.len();
+            if let Some(end) = end {
+                self.pending.push(datagram.slice(pending_from..here));
+                pending_from = end_of_frame;
+                let (earliest, at) = self.began.take().unwrap_or((earliest, read));
+                if let Some(tables) = self.end(end.number, counters)? {
+                    let heard = Heard { earliest, at, last: read, task: end.task };
+                    commits.push(Commit { tables, heard });
                 }
-                continue;
-            };
-            let (earliest, at) = self.began.take().unwrap_or((earliest, read));
-            let heard = Heard { earliest, at, last: read, task: ends.task };
-            let mut pending = mem::take(&mut self.pending);
-            if let Some(tables) = self.end(&pending, ends, counters)? {
-                commits.push(Commit { tables, heard });
+            } else {
+                self.began.get_or_insert((earliest, read));
             }
-            pending.clear();
-            pending.shrink_to(PENDING_BYTES_KEPT);
-            self.pending = pending;
+            here = end_of_frame;
         }
-        Ok(())
+        self.pending.push(datagram.slice(pending_from..));
+        self.pending_bytes += datagram.len() - pending_from;
+        if self.pending_bytes > PENDING_BYTES_MAX { Err(Lost) } else { Ok(()) }
     }
 
     /// Applies a commit unless the dump showed it already.
     fn end(
         &mut self,
-        messages: &[u8],
-        Generation { number, .. }: Generation,
+        number: u32,
         counters: &Counters,
     ) -> Result<Option<Vec<(TableId, Changes)>>, Lost> {
+        let messages = mem::take(&mut self.pending);
+        self.pending_bytes = 0;
         let next = self.generation.checked_add(1).unwrap_or(1);
         if number != next {
             return if rise(self.generation, number) <= 0 { Ok(None) } else { Err(Lost) };
@@ -164,7 +162,7 @@ impl Follow {
         self.generation = number;
         let mut transaction = self.ruleset.begin();
         let mut last = None;
-        for frame in frames(messages).flatten() {
+        for frame in messages.iter().flat_map(|messages| frames(messages)).flatten() {
             let applied = match Within::read(&frame) {
                 Ok(within) => apply(&mut transaction, within, &mut last, counters),
                 Err(passed) => Err(passed.into()),
@@ -322,7 +320,9 @@ mod tests {
 
     fn take(follow: &mut Follow, datagram: &[u8], read: BootNs) -> Result<Vec<Commit>, Lost> {
         let mut commits = Vec::new();
-        follow.take(datagram, (T[0], read), &Counters::default(), &mut commits).map(|()| commits)
+        let datagram = Bytes::copy_from_slice(datagram);
+        let taken = follow.take(&datagram, (T[0], read), &Counters::default(), &mut commits);
+        taken.map(|()| commits)
     }
 
     fn tables(follow: &Follow) -> usize {
@@ -464,6 +464,7 @@ mod tests {
             let (counters, mut follow) = (Counters::default(), at(7));
             let mut taken = Ok(());
             for datagram in [bytes.clone(), generation(8)] {
+                let datagram = Bytes::from(datagram);
                 let taken_now = follow.take(&datagram, (T[0], T[0]), &counters, &mut Vec::new());
                 taken = taken.and(taken_now);
             }

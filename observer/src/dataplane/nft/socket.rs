@@ -2,13 +2,16 @@
 //!
 //! A socket belongs to the network namespace it was opened in, whichever thread reads it later.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::io;
+use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use bytes::{Bytes, BytesMut};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt,
@@ -26,8 +29,12 @@ const COMMITS: u32 = 1 << (7 - 1);
 const DATAGRAM_BYTES: usize = 64 * 1024;
 /// How often an idle socket is looked at, so that "nothing was missed until here" stays recent.
 const PROOF_SECONDS: i64 = 1;
-/// Datagrams (mostly under 8 KiB) that may wait for the model; the socket's buffer holds the rest.
-const ARRIVALS: usize = 1024;
+/// Room that datagrams are read into, one after the other; mostly they have less than 8 KiB.
+const ROOM_BYTES: usize = 256 * 1024;
+/// Datagrams that are handed over together, so that a large commit does not wake the model for each.
+const TOGETHER: usize = 32;
+/// How often so many may wait for the model; the socket's buffer holds the rest.
+const HANDOVERS: usize = 32;
 
 /// Opens a netlink socket of netfilter in this thread's network namespace.
 pub(super) fn open(groups: u32) -> anyhow::Result<OwnedFd> {
@@ -67,7 +74,7 @@ pub(in super::super) fn buffer() -> Vec<u8> {
 #[derive(Debug)]
 pub struct Arrival {
     /// Its bytes; `None` when the kernel dropped messages because the buffer was full.
-    pub datagram: Option<Vec<u8>>,
+    pub datagram: Option<Bytes>,
     /// Until here nothing was missed: the buffer was last empty then.
     pub complete_until: BootNs,
     /// It arrived at this moment or later.
@@ -81,7 +88,8 @@ pub struct Arrival {
 /// processor after the message woke it.
 #[derive(Debug)]
 pub struct Subscription {
-    arrivals: mpsc::Receiver<io::Result<Arrival>>,
+    arrivals: VecDeque<Arrival>,
+    more: mpsc::Receiver<io::Result<Vec<Arrival>>>,
 }
 
 impl Subscription {
@@ -94,12 +102,12 @@ impl Subscription {
         setsockopt(&socket, sockopt::RcvBufForce, &receive_buffer_bytes)
             .context("enlarge the netlink receive buffer (needs CAP_NET_ADMIN)")?;
         limit_wait(&socket, PROOF_SECONDS)?;
-        let (sender, arrivals) = mpsc::channel(ARRIVALS);
+        let (sender, more) = mpsc::channel(HANDOVERS);
         thread::Builder::new()
             .name("netfilter".to_owned())
             .spawn(move || listen(&socket, &sender))
             .context("start the thread that reads netfilter messages")?;
-        Ok(Self { arrivals })
+        Ok(Self { arrivals: VecDeque::new(), more })
     }
 
     /// The next arrival.
@@ -107,73 +115,118 @@ impl Subscription {
     /// # Errors
     /// When the socket cannot be read any more.
     pub async fn next(&mut self) -> io::Result<Arrival> {
-        self.arrivals.recv().await.unwrap_or_else(|| Err(io::ErrorKind::BrokenPipe.into()))
+        loop {
+            if let Some(arrival) = self.arrivals.pop_front() {
+                return Ok(arrival);
+            }
+            let more = self.more.recv().await;
+            self.arrivals = more.ok_or(io::ErrorKind::BrokenPipe)??.into();
+        }
     }
 }
 
 /// Reads until nobody listens (noticed within [`PROOF_SECONDS`]) or the socket fails.
-fn listen(socket: &OwnedFd, arrivals: &mpsc::Sender<io::Result<Arrival>>) {
-    let mut buffer = buffer();
-    let (mut complete_until, mut earliest) = (clock::now(), clock::now());
-    while !arrivals.is_closed() {
-        let mut woken = None;
-        let datagram = match receive(socket, &mut buffer, MsgFlags::MSG_DONTWAIT) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                complete_until = clock::now();
-                let waited_before = waited_for_processor();
-                let datagram = receive(socket, &mut buffer, MsgFlags::empty());
-                // Before the waits are asked for: one between the two then counts too much, which
-                // only widens the span, and not too little.
-                let now = *woken.insert(clock::now());
-                let late = waited_before
-                    .zip(waited_for_processor())
-                    .map(|(before, after)| after.saturating_sub(before));
-                earliest = late.map_or(complete_until, |late| now.minus(late));
-                datagram
+fn listen(socket: &OwnedFd, to: &mpsc::Sender<io::Result<Vec<Arrival>>>) {
+    let mut reader = Reader::new(socket);
+    let mut arrivals = Vec::new();
+    while !to.is_closed() {
+        let read = match reader.read(arrivals.is_empty()) {
+            Ok(read) => read,
+            Err(error) => {
+                // What was read before it comes first. Nobody may listen any more.
+                to.blocking_send(Ok(arrivals)).ok();
+                to.blocking_send(Err(error)).ok();
+                return;
             }
-            datagram => datagram,
         };
-        let read_at = woken.unwrap_or_else(clock::now);
-        let datagram = match datagram {
-            Ok(datagram) => Ok(Some(datagram.to_vec())),
-            Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {
-                drain(socket, &mut buffer, arrivals).map(|()| None)
-            }
-            Err(error) => match error.kind() {
-                io::ErrorKind::FileTooLarge => Ok(None),
-                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => continue,
-                _ => Err(error),
-            },
-        };
-        let failed = datagram.is_err();
-        let arrival =
-            datagram.map(|datagram| Arrival { datagram, complete_until, earliest, read_at });
-        if arrivals.blocking_send(arrival).is_err() || failed {
+        let may_continue = read.as_ref().is_some_and(|arrival| arrival.datagram.is_some());
+        arrivals.extend(read);
+        let together = arrivals.is_empty() || may_continue && arrivals.len() < TOGETHER;
+        if !together && to.blocking_send(Ok(mem::take(&mut arrivals))).is_err() {
             return;
         }
     }
 }
 
-/// Reads and drops what still waits. After an overrun the kernel drops every further message
-/// without a word until the socket is empty, so that a read of all rules begun before would miss
-/// commits; begun afterwards, it shows all that these messages say.
-fn drain(
-    socket: &OwnedFd,
-    buffer: &mut [u8],
-    arrivals: &mpsc::Sender<io::Result<Arrival>>,
-) -> io::Result<()> {
-    while !arrivals.is_closed() {
-        match receive(socket, buffer, MsgFlags::MSG_DONTWAIT) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {}
+/// Reads and stamps datagrams.
+struct Reader<'s> {
+    socket: &'s OwnedFd,
+    room: BytesMut,
+    /// As in [`Arrival`].
+    complete_until: BootNs,
+    earliest: BootNs,
+}
+
+impl<'s> Reader<'s> {
+    fn new(socket: &'s OwnedFd) -> Self {
+        let now = clock::now();
+        Self { socket, room: BytesMut::new(), complete_until: now, earliest: now }
+    }
+
+    /// The next arrival; `None` when nothing waits, with `wait` for [`PROOF_SECONDS`].
+    fn read(&mut self, wait: bool) -> io::Result<Option<Arrival>> {
+        let mut read_at = None;
+        let received = match self.receive(MsgFlags::MSG_DONTWAIT) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.complete_until = clock::now();
+                if !wait {
+                    return Ok(None);
+                }
+                let waited_before = waited_for_processor();
+                let received = self.receive(MsgFlags::empty());
+                // Before the waits are asked for: one between the two then counts too much, which
+                // only widens the span, and not too little.
+                let now = *read_at.insert(clock::now());
+                let late = waited_before
+                    .zip(waited_for_processor())
+                    .map(|(before, after)| after.saturating_sub(before));
+                self.earliest = late.map_or(self.complete_until, |late| now.minus(late));
+                received
+            }
+            received => received,
+        };
+        let read_at = read_at.unwrap_or_else(clock::now);
+        let datagram = match received {
+            Ok(datagram) => Some(datagram),
+            Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {
+                self.drain()?;
+                None
+            }
             Err(error) => match error.kind() {
-                io::ErrorKind::FileTooLarge | io::ErrorKind::Interrupted => {}
+                io::ErrorKind::FileTooLarge => None,
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => return Ok(None),
                 _ => return Err(error),
             },
-            Ok(_) => {}
+        };
+        let (complete_until, earliest) = (self.complete_until, self.earliest);
+        Ok(Some(Arrival { datagram, complete_until, earliest, read_at }))
+    }
+
+    /// Reads one datagram whole, into room that it then shares with those before and after.
+    fn receive(&mut self, flags: MsgFlags) -> io::Result<Bytes> {
+        if self.room.len() < DATAGRAM_BYTES {
+            self.room = BytesMut::zeroed(ROOM_BYTES);
+        }
+        let length = receive(self.socket, &mut self.room, flags)?.len();
+        Ok(self.room.split_to(length).freeze())
+    }
+
+    /// Reads and drops what still waits. After an overrun the kernel drops every further message
+    /// without a word until the socket is empty, so that a read of all rules begun before would
+    /// miss commits; begun afterwards, it shows all that these messages say.
+    fn drain(&mut self) -> io::Result<()> {
+        loop {
+            match self.receive(MsgFlags::MSG_DONTWAIT) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {}
+                Err(error) => match error.kind() {
+                    io::ErrorKind::FileTooLarge | io::ErrorKind::Interrupted => {}
+                    _ => return Err(error),
+                },
+                Ok(_) => {}
+            }
         }
     }
-    Ok(())
 }
 
 /// How long this thread has been ready to run without running, in all (`/proc/…/schedstat`,
