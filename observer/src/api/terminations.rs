@@ -191,7 +191,8 @@ pub enum Source {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Removal {
-    /// `namespace/name:port`; null when the rules do not say.
+    /// `namespace/name:port`; `address:port` of a front end where the dataplane knows no names
+    /// (IPVS, Cilium); null when it does not say.
     pub service: Option<String>,
     /// The first view of the endpoint as terminating, not ready or gone.
     pub endpoint_terminating: Option<Instant>,
@@ -284,7 +285,7 @@ fn last_arrivals(timeline: &Timeline, offset: WallOffset) -> LastArrivals {
 
 fn to_removal(removal: &correlate::Removal, offset: WallOffset) -> Removal {
     Removal {
-        service: removal.service.as_ref().map(|service| service.0.to_string()),
+        service: removal.service.as_ref().map(ToString::to_string),
         endpoint_terminating: removal.endpoint_terminating.map(|at| to_instant(at, offset)),
         backend_removed: removal.backend_removed.map(|at| to_instant(at, offset)),
         draining: removal.draining,

@@ -138,7 +138,7 @@ fn backends_are_printed_or_the_reason_why_not() {
         four.backend(2, TERMINATING);
         four.service(1, &[1], &[2], 0);
         let printed = text(backends(&maps).stdout);
-        assert_eq!(printed, "(not named) TCP\n  10.1.0.1:8080\n  10.1.0.2:8080  draining\n");
+        assert_eq!(printed, "10.96.0.1:443 TCP\n  10.1.0.1:8080\n  10.1.0.2:8080  draining\n");
 
         fs::remove_file(maps.join("cilium_lb4_services_v2")).expect("unpin");
         drop(pinned::<[u8; 12], [u8; 16]>(&maps, "cilium_lb4_services_v2"));

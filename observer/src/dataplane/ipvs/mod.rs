@@ -4,7 +4,7 @@
 //! kube-proxy does. Not from `/proc/net/ip_vs`: up to Linux 6.18 at least that leaves out services
 //! as soon as another network namespace has some (138 of 200 were seen). The kernel says nothing of
 //! changes; a kernel program reports the calls that make them. Refuses to guess: which Service a
-//! virtual service is of, IPVS does not say.
+//! virtual service is of, IPVS does not say, only at which front end.
 
 mod messages;
 mod netlink;
@@ -109,7 +109,7 @@ pub(crate) fn replay(answers: &[u8], counters: &Counters) -> Table {
 }
 
 impl Table {
-    /// Once all destinations are taken: sent to by one virtual service is sent to.
+    /// Once all destinations are taken: sent to at one address of a node port is sent to.
     fn complete(mut self) -> Self {
         let Reached { backends, draining, .. } = &mut self.reached;
         draining.retain(|backend| !backends.contains(backend));
@@ -119,9 +119,10 @@ impl Table {
     fn take(&mut self, service: &Service, destination: &Destination) {
         let Destination { address, port, weight } = *destination;
         let reached = &mut self.reached;
-        match service.protocol {
-            Some(protocol) if port != 0 => {
-                let backend = Backend { service: None, protocol, address, port };
+        match &service.front_end {
+            Some((protocol, name)) if port != 0 => {
+                let (service, protocol) = (Some(name.clone()), *protocol);
+                let backend = Backend { service, protocol, address, port };
                 let set = if weight > 0 { &mut reached.backends } else { &mut reached.draining };
                 set.insert(backend);
             }
