@@ -138,6 +138,7 @@ mod tests {
                 in_use: serving.into_iter().collect(),
                 backends: 4,
                 unresolved: 1,
+                unreadable: Vec::new(),
             },
             backends: [
                 backend(Some("shop/web:http"), Protocol::Tcp, "10.1.0.2", 80),

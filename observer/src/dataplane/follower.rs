@@ -297,8 +297,11 @@ impl Follower {
             let until = clock::now();
             let source = "commits of a table";
             self.send(Update::Blind(Blindness { from, until, source })).await;
-            if let Some(reading) = reading {
-                self.replace(table, reading, |_| (until, until.since(from))).await;
+            match reading {
+                Some(reading) => {
+                    self.replace(table, reading, |_| (until, until.since(from))).await;
+                }
+                None => self.report_status().await,
             }
         }
     }
@@ -329,8 +332,9 @@ impl Follower {
     }
 
     async fn report_status(&mut self) {
-        let in_use = self.silent.in_use();
-        if let Some(status) = self.detector.status(self.nft.ruleset(), in_use, &self.backends) {
+        let (in_use, unreadable) = (self.silent.in_use(), self.silent.unreadable());
+        let rules = self.nft.ruleset();
+        if let Some(status) = self.detector.status(rules, in_use, unreadable, &self.backends) {
             self.send(Update::Status(status)).await;
         }
     }

@@ -11,7 +11,7 @@ use super::backends::{Backends, Origin};
 use super::nft::{Ruleset, TableId};
 use super::reach::{Changes, Reached};
 use super::silent::KUBE_SERVICES;
-use super::{Dataplane, Status};
+use super::{Dataplane, Status, Unreadable};
 
 /// kube-proxy's table in nftables mode, and iptables' own.
 const KUBE_PROXY: &str = "kube-proxy";
@@ -76,6 +76,7 @@ impl Detector {
         &mut self,
         rules: &Ruleset,
         silent: impl Iterator<Item = Dataplane>,
+        unreadable: Vec<Unreadable>,
         backends: &Backends,
     ) -> Option<Status> {
         let tables = rules.tables().filter(|(id, _)| self.follows(id));
@@ -93,6 +94,7 @@ impl Detector {
             in_use,
             backends: backends.count(),
             unresolved: backends.unresolved(),
+            unreadable,
         };
         if self.told.as_ref() == Some(&status) {
             return None;
@@ -135,7 +137,7 @@ mod tests {
 
     fn serving(detector: &mut Detector, backends: &Backends) -> Option<Dataplane> {
         let silent = [Dataplane::Cilium, Dataplane::IptablesLegacy];
-        detector.status(&Ruleset::default(), silent.into_iter(), backends)?.serving
+        detector.status(&Ruleset::default(), silent.into_iter(), Vec::new(), backends)?.serving
     }
 
     #[test]
@@ -162,8 +164,32 @@ mod tests {
         assert_eq!(serving(&mut detector, &backends), Some(Dataplane::Cilium), "both are empty");
         backends.replace(vec![(LEGACY, reached(1..=1))]);
         let silent = [Dataplane::Cilium, Dataplane::IptablesLegacy].into_iter();
-        let status = detector.status(&Ruleset::default(), silent, &backends).expect("it changed");
-        assert_eq!(status.in_use, BTreeSet::from([Dataplane::IptablesLegacy]));
+        let status = detector.status(&Ruleset::default(), silent, Vec::new(), &backends);
+        let in_use = status.expect("it changed").in_use;
+        assert_eq!(in_use, BTreeSet::from([Dataplane::IptablesLegacy]));
+    }
+
+    #[test]
+    fn a_table_that_cannot_be_read_is_told_and_that_it_can_again() {
+        let (mut detector, backends) = (Detector::new(None), Backends::default());
+        let mut status = |unreadable: &[Unreadable]| {
+            let silent = [Dataplane::IptablesLegacy].into_iter();
+            detector.status(&Ruleset::default(), silent, unreadable.to_vec(), &backends)
+        };
+        let since = "2026-11-21T01:44:34Z".parse().expect("a time");
+        let why = "the layout is not known".to_owned();
+        let cilium = [Unreadable { table: SilentTable::Cilium, since, why }];
+        assert_eq!(status(&[]).map(|status| status.unreadable.len()), Some(0));
+        let told = status(&cilium).expect("it changed").to_string();
+        for words in [
+            "the table of cilium cannot be read since 2026-11-21T01:44:34Z",
+            "the layout is not known",
+            "with --dataplane; iptables-legacy serves Services (0 backends)",
+        ] {
+            assert!(told.contains(words), "{told}");
+        }
+        assert_eq!(status(&cilium), None);
+        assert_eq!(status(&[]).map(|status| status.unreadable), Some(Vec::new()));
     }
 
     #[test]

@@ -81,6 +81,9 @@ fn an_unknown_layout_is_counted_and_read_again_until_it_is_known() {
             drop(pinned::<[u8; 12], [u8; 16]>(&maps, "cilium_lb4_services_v2"));
             let (mut running, present, _) = Running::start(maps.clone()).await;
             assert!(present.is_empty());
+            let said = running.status.to_string();
+            assert!(said.contains("the table of cilium cannot be read since"), "{said}");
+            assert!(said.contains("cilium_lb4_services_v2 has keys of 12 bytes"), "{said}");
             assert!(running.counters.table_failures.get() >= 1);
             fs::remove_file(maps.join("cilium_lb4_services_v2")).expect("unpin");
             let mut four = V4::create(&maps, "lb4", "v3");
@@ -96,6 +99,10 @@ fn an_unknown_layout_is_counted_and_read_again_until_it_is_known() {
             };
             assert_eq!((&change.backend, change.step), (&v4(1), BackendStep::Added));
             assert!(blind > 0, "what the maps held is not known");
+            while !running.status.unreadable.is_empty() {
+                running.next().await;
+            }
+            assert_eq!(running.status.to_string(), "cilium serves Services (1 backends)");
         });
     });
 }
