@@ -14,7 +14,7 @@ use std::io::Read as _;
 use std::sync::Arc;
 
 use super::Counters;
-use super::nft::attributes::{Malformed, frames};
+use super::nft::attributes::frames;
 use super::reach::Reached;
 use crate::facts::Backend;
 use messages::{Destination, Service};
@@ -63,7 +63,7 @@ impl Reader {
     /// or destination that comes or goes meanwhile may make it pass over others.
     ///
     /// # Errors
-    /// When `CAP_NET_ADMIN` is missing.
+    /// When `CAP_NET_ADMIN` is missing, or a message is not understood.
     pub fn read(&self) -> anyhow::Result<Table> {
         // To ask for the family of a module that is not loaded would load it.
         if !ipvs_in_use() {
@@ -82,30 +82,21 @@ impl Reader {
 }
 
 /// The table in recorded answers, without a socket: services, each followed by its destinations.
-/// What is neither is counted.
-pub(crate) fn replay(answers: &[u8], counters: &Counters) -> Table {
+/// `None` when one is neither.
+pub(crate) fn replay(answers: &[u8]) -> Option<Table> {
     let mut table = Table::default();
     let mut last = None;
     for frame in frames(answers) {
-        let Ok(frame) = frame else {
-            counters.malformed.increase();
-            break;
-        };
+        let frame = frame.ok()?;
         if let Ok(service) = Service::read(frame.payload) {
             table.services += 1;
             last = Some(service);
-            continue;
-        }
-        let Some(service) = &last else {
-            counters.malformed.increase();
-            continue;
-        };
-        match Destination::read(frame.payload, service) {
-            Ok(destination) => table.take(service, &destination),
-            Err(Malformed) => counters.malformed.increase(),
+        } else {
+            let service = last.as_ref()?;
+            table.take(service, &Destination::read(frame.payload, service).ok()?);
         }
     }
-    table.complete()
+    Some(table.complete())
 }
 
 impl Table {
