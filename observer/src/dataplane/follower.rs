@@ -77,7 +77,7 @@ impl Follower {
                 None => follower.silent.unread(table, at),
             }
         }
-        follower.backends.replace(reached);
+        follower.backends = Backends::new(reached);
         let (backends, draining) = (follower.backends.all(), follower.backends.draining());
         follower.send(Update::Present { at, backends, draining }).await;
         follower.report_status().await;
@@ -113,9 +113,7 @@ impl Follower {
                     self.counters.commits.increase();
                     let changes = commit.tables.into_iter();
                     let changes = changes.filter(|(table, _)| self.detector.follows(table));
-                    let changes =
-                        changes.map(|(table, now)| (Origin::Nft(table), now)).collect::<Vec<_>>();
-                    self.detector.note_changes(&changes);
+                    let changes = changes.map(|(table, now)| (Origin::Nft(table), now)).collect();
                     let steps = self.backends.update(changes);
                     let stamps = commit.heard.task.and_then(|task| self.stamps_of(task));
                     let uncertainty = commit.heard.uncertainty(stamps);
@@ -143,7 +141,6 @@ impl Follower {
         reached.extend(gone.map(|origin| (origin, Reached::default())));
         let until = clock::now();
         self.send(Update::Blind(Blindness { from, until, source: "netfilter messages" })).await;
-        self.detector.note_replaced(&self.backends, &reached);
         let steps = self.backends.replace(reached);
         self.report(steps, until, until.since(from)).await;
         self.report_status().await;
@@ -315,9 +312,6 @@ impl Follower {
         when: impl Fn(&Backend) -> (BootNs, Duration),
     ) {
         let steps = self.backends.replace(vec![(Origin::Silent(table), reading.reached)]);
-        if !steps.is_empty() {
-            self.detector.changed(table.dataplane());
-        }
         for (backend, step) in steps {
             let (at, uncertainty) = when(&backend);
             self.send(Update::Change(BackendChange { at, uncertainty, backend, step })).await;
