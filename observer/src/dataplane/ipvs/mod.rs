@@ -10,8 +10,10 @@ mod messages;
 mod netlink;
 
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::sync::Arc;
+
+use anyhow::Context as _;
 
 use super::Counters;
 use super::nft::attributes::frames;
@@ -27,14 +29,22 @@ const HEADER_LINES: usize = 3;
 /// What one read of such a file gives at most: a page.
 const PAGE_BYTES: usize = 4096;
 
-/// Whether this thread's network namespace has a virtual service. Reads one page, however many
-/// there are.
+/// Whether this thread's network namespace is seen to have a virtual service. Reads one page,
+/// however many there are.
 #[must_use]
 pub fn ipvs_in_use() -> bool {
-    let Ok(mut file) = File::open(PATH) else { return false };
+    lists_services(PATH).unwrap_or(false)
+}
+
+/// Without the module there is no such file.
+fn lists_services(path: &str) -> io::Result<bool> {
+    let mut file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        file => file?,
+    };
     let mut page = [0; PAGE_BYTES];
-    let read = file.read(&mut page).unwrap_or(0);
-    page[..read].split_inclusive(|byte| *byte == b'\n').count() > HEADER_LINES
+    let read = file.read(&mut page)?;
+    Ok(page[..read].split_inclusive(|byte| *byte == b'\n').count() > HEADER_LINES)
 }
 
 /// All virtual services of a network namespace.
@@ -63,10 +73,10 @@ impl Reader {
     /// or destination that comes or goes meanwhile may make it pass over others.
     ///
     /// # Errors
-    /// When `CAP_NET_ADMIN` is missing, or a message is not understood.
+    /// When `CAP_NET_ADMIN` is missing, a message is not understood, or `/proc` cannot be read.
     pub fn read(&self) -> anyhow::Result<Table> {
         // To ask for the family of a module that is not loaded would load it.
-        if !ipvs_in_use() {
+        if !lists_services(PATH).with_context(|| format!("read {PATH}"))? {
             return Ok(Table::default());
         }
         let mut conversation = Conversation::open(&self.counters)?;
@@ -120,5 +130,16 @@ impl Table {
             // By firewall mark, or to the port the connection had: it does not tell what is sent.
             _ => reached.unresolved += usize::from(weight > 0),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_that_cannot_be_looked_at_is_not_taken_for_none() {
+        assert!(!lists_services("/proc/none").expect("no module"));
+        assert!(lists_services("/proc").is_err(), "not a file");
     }
 }
