@@ -35,7 +35,8 @@ pub struct Listing {
 /// One backend.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 struct Line {
-    /// `namespace/name:port`; null when the dataplane does not say.
+    /// `namespace/name:port`; `address:port` of a front end where the dataplane knows no names;
+    /// null when it does not say.
     service: Option<String>,
     protocol: Protocol,
     backend: SocketAddr,
@@ -52,7 +53,7 @@ impl Listing {
         let status = &snapshot.status;
         let Some(serving) = status.serving else { bail!("{status}") };
         let line = |backend: &Backend, draining| Line {
-            service: backend.service.as_ref().map(|service| service.0.to_string()),
+            service: backend.service.as_ref().map(ToString::to_string),
             protocol: backend.protocol,
             backend: SocketAddr::new(backend.address, backend.port),
             draining,
@@ -123,10 +124,10 @@ pub async fn run(
 mod tests {
     use super::*;
     use crate::dataplane::{Dataplane, Status};
-    use crate::facts::ServicePort;
+    use crate::facts::{ServiceName, ServicePort};
 
     fn backend(service: Option<&str>, protocol: Protocol, address: &str, port: u16) -> Backend {
-        let service = service.map(|name| ServicePort(name.into()));
+        let service = service.map(|name| ServiceName::Port(ServicePort(name.into())));
         Backend { service, protocol, address: address.parse().expect("an address"), port }
     }
 
@@ -137,6 +138,7 @@ mod tests {
                 in_use: serving.into_iter().collect(),
                 backends: 4,
                 unresolved: 1,
+                unreadable: Vec::new(),
             },
             backends: [
                 backend(Some("shop/web:http"), Protocol::Tcp, "10.1.0.2", 80),

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::facts::BootNs;
@@ -49,6 +50,13 @@ impl WallOffset {
     #[must_use]
     pub fn to_wall_ns(self, at: BootNs) -> i128 {
         i128::from(at.0) + self.ahead_ns
+    }
+
+    /// The same for a person; a wall clock beyond the year 9999 is shown as that limit rather than
+    /// as an error.
+    #[must_use]
+    pub fn to_timestamp(self, at: BootNs) -> Timestamp {
+        Timestamp::from_nanosecond(self.to_wall_ns(at)).unwrap_or(Timestamp::MAX)
     }
 }
 

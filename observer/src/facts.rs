@@ -89,11 +89,35 @@ impl fmt::Display for Protocol {
 #[serde(transparent)]
 pub struct ServicePort(pub Arc<str>);
 
+/// What a dataplane calls a Service port.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum ServiceName {
+    /// Its own name, which kube-proxy's rules carry.
+    Port(ServicePort),
+    /// Where clients reach it, which is all that IPVS and Cilium know: one of perhaps several
+    /// front ends of the Service port.
+    FrontEnd {
+        /// A cluster, external or node address; unspecified for a node port on any of them.
+        address: IpAddr,
+        /// The port there.
+        port: u16,
+    },
+}
+
+impl fmt::Display for ServiceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Port(port) => f.write_str(&port.0),
+            Self::FrontEnd { address, port } => SocketAddr::new(*address, *port).fmt(f),
+        }
+    }
+}
+
 /// An address and port that the node's dataplane sends new connections of a Service to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Backend {
-    /// The Service port the rules name; `None` when they do not say.
-    pub service: Option<ServicePort>,
+    /// The Service port; `None` when the rules do not say.
+    pub service: Option<ServiceName>,
     /// Transport protocol.
     pub protocol: Protocol,
     /// The pod's (or any endpoint's) address.

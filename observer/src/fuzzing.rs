@@ -34,10 +34,11 @@ pub fn legacy_table(family: Family) -> io::Result<(Vec<u8>, Vec<u8>)> {
     legacy::raw(family)
 }
 
-/// The virtual services in the answers to requests for them and for their destinations.
+/// The virtual services in the answers to requests for them and for their destinations; `None` when
+/// one is not understood.
 #[must_use]
-pub fn ipvs_table(answers: &[u8], counters: &Counters) -> ipvs::Table {
-    ipvs::replay(answers, counters)
+pub fn ipvs_table(answers: &[u8]) -> Option<ipvs::Table> {
+    ipvs::replay(answers)
 }
 
 /// The Service port in a chain's name.

@@ -57,6 +57,7 @@ struct Rules {
     backends: IntGauge,
     unresolved: IntGauge,
     in_use: IntGaugeVec,
+    unreadable: IntGaugeVec,
     serving: IntGaugeVec,
     switches: IntCounter,
 }
@@ -84,6 +85,11 @@ impl Rules {
             in_use: made.gauges(
                 "dataplane_in_use",
                 "Which dataplanes have backends on this node; rules of an earlier one may stay behind.",
+                &["dataplane"],
+            )?,
+            unreadable: made.gauges(
+                "dataplane_unreadable",
+                "Dataplanes of which a table cannot be read, which censors every termination.",
                 &["dataplane"],
             )?,
             serving: made.gauges(
@@ -278,6 +284,11 @@ impl Metrics {
         self.rules.in_use.reset();
         for dataplane in &status.in_use {
             self.rules.in_use.with_label_values(&[dataplane.name()]).set(1);
+        }
+        self.rules.unreadable.reset();
+        for unreadable in &status.unreadable {
+            let dataplane = unreadable.table.dataplane().name();
+            self.rules.unreadable.with_label_values(&[dataplane]).set(1);
         }
         self.rules.serving.reset();
         if let Some(serving) = status.serving {

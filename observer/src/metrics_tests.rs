@@ -158,6 +158,11 @@ fn set_the_rest(metrics: &Metrics) {
         in_use,
         backends: 300,
         unresolved: 1,
+        unreadable: vec![dataplane::Unreadable {
+            table: dataplane::SilentTable::Ipvs,
+            since: jiff::Timestamp::UNIX_EPOCH,
+            why: "not permitted".to_owned(),
+        }],
     });
     metrics.set_queued("kernel", 4);
     metrics.set_watch_failures("pods", 2);
@@ -171,6 +176,10 @@ fn the_rest_is_set_from_readings() {
     assert_value(&metrics, r#"observer_dataplane_troubles_total{kind="overrun"}"#, "0");
     assert_value(&metrics, r#"observer_dataplane_in_use{dataplane="nftables"}"#, "1");
     assert_value(&metrics, "observer_dataplane_unresolved_rules", "1");
+    assert_value(&metrics, r#"observer_dataplane_unreadable{dataplane="ipvs"}"#, "1");
+    metrics.set_dataplane_status(&dataplane::Status::default());
+    assert_eq!(value(&metrics, r#"observer_dataplane_unreadable{dataplane="ipvs"}"#), None);
+    set_the_rest(&metrics);
     assert_value(&metrics, "observer_dataplane_backends", "300");
     assert_value(&metrics, r#"observer_facts_queued{source="kernel"}"#, "4");
     assert_value(&metrics, r#"observer_watch_failures_total{watch="pods"}"#, "2");

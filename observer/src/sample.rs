@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::correlate::{Instant, Removal, Source, TailEnds, Timeline};
-use crate::facts::{BootNs, Deletion, PodUid, ServicePort, Workload};
+use crate::facts::{BootNs, Deletion, PodUid, ServiceName, ServicePort, Workload};
 
 /// The deletion request of [`timeline`], in s of the boot clock.
 const REQUESTED: u64 = 100;
@@ -24,7 +24,7 @@ pub(crate) fn timeline() -> Timeline {
         deletion_requested: after_ms(0, Source::PodWatch),
         endpoint_terminating: after_ms(20, Source::SliceWatch),
         removals: vec![Removal {
-            service: Some(ServicePort("default/web:http".into())),
+            service: Some(ServiceName::Port(ServicePort("default/web:http".into()))),
             endpoint_terminating: after_ms(20, Source::SliceWatch),
             backend_removed,
             draining: false,

@@ -213,7 +213,11 @@ impl Desk {
             }
             self.serving = Some(serving);
         }
-        self.shown.rules.up_as(status.to_string());
+        if status.unreadable.is_empty() {
+            self.shown.rules.up_as(status.to_string());
+        } else {
+            self.shown.rules.down(status.to_string());
+        }
     }
 
     fn tick(&mut self, now: BootNs, inbox: &Inbox) -> anyhow::Result<()> {

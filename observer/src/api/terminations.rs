@@ -191,7 +191,8 @@ pub enum Source {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Removal {
-    /// `namespace/name:port`; null when the rules do not say.
+    /// `namespace/name:port`; `address:port` of a front end where the dataplane knows no names
+    /// (IPVS, Cilium); null when it does not say.
     pub service: Option<String>,
     /// The first view of the endpoint as terminating, not ready or gone.
     pub endpoint_terminating: Option<Instant>,
@@ -284,7 +285,7 @@ fn last_arrivals(timeline: &Timeline, offset: WallOffset) -> LastArrivals {
 
 fn to_removal(removal: &correlate::Removal, offset: WallOffset) -> Removal {
     Removal {
-        service: removal.service.as_ref().map(|service| service.0.to_string()),
+        service: removal.service.as_ref().map(ToString::to_string),
         endpoint_terminating: removal.endpoint_terminating.map(|at| to_instant(at, offset)),
         backend_removed: removal.backend_removed.map(|at| to_instant(at, offset)),
         draining: removal.draining,
@@ -300,7 +301,7 @@ fn arrival(at: BootNs, offset: WallOffset) -> Instant {
 
 fn to_instant(instant: correlate::Instant, offset: WallOffset) -> Instant {
     Instant {
-        at: rfc3339(offset.to_wall_ns(instant.at)),
+        at: format!("{:.9}", offset.to_timestamp(instant.at)),
         boot_ns: instant.at.0,
         uncertainty_seconds: instant.uncertainty.map(|duration| duration.as_secs_f64()),
         source: match instant.source {
@@ -310,12 +311,6 @@ fn to_instant(instant: correlate::Instant, offset: WallOffset) -> Instant {
             correlate::Source::Kernel => Source::Kernel,
         },
     }
-}
-
-/// A wall clock beyond the year 9999 is shown as that limit rather than as an error.
-fn rfc3339(wall_ns: i128) -> String {
-    let time = jiff::Timestamp::from_nanosecond(wall_ns).unwrap_or(jiff::Timestamp::MAX);
-    format!("{time:.9}")
 }
 
 #[cfg(test)]
@@ -343,7 +338,13 @@ mod tests {
 
     #[test]
     fn a_whole_wall_second_still_has_nine_digits() {
-        assert_eq!(rfc3339(0), "1970-01-01T00:00:00.000000000Z");
+        let instant = correlate::Instant {
+            at: BootNs(0),
+            uncertainty: None,
+            source: correlate::Source::Kernel,
+        };
+        let shown = to_instant(instant, WallOffset::fixed(0, BootNs(0))).at;
+        assert_eq!(shown, "1970-01-01T00:00:00.000000000Z");
     }
 
     #[test]

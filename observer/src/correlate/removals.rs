@@ -8,7 +8,7 @@ use super::evidence::BackendSteps;
 use super::pods::Pod;
 use super::slices::{EndpointKey, EndpointState};
 use super::timeline::{Instant, Removal, Source};
-use crate::facts::{Backend, BackendStep, BootNs, PodUid};
+use crate::facts::{Backend, BackendStep, BootNs, PodUid, ServiceName};
 
 /// Rules may name a new owner of an address before our pod watch does.
 const REUSE_SKEW: Duration = Duration::from_secs(10);
@@ -125,7 +125,11 @@ pub(super) fn all_removed(removals: &[(Backend, Removal)]) -> Option<Instant> {
 }
 
 fn is_endpoint_of(backend: &Backend, key: &EndpointKey) -> bool {
-    backend.service.as_ref().is_none_or(|service| *service == key.service)
+    let is_its_service = match &backend.service {
+        Some(ServiceName::Port(service)) => *service == key.service,
+        Some(ServiceName::FrontEnd { .. }) | None => true,
+    };
+    is_its_service
         && (backend.protocol, backend.address, backend.port)
             == (key.protocol, key.address, key.port)
 }
@@ -145,4 +149,29 @@ pub(super) fn endpoint_terminating(
         at.0.checked_sub(begin.0).map(Duration::from_nanos)
     });
     Some(Instant { at: *at, uncertainty, source: Source::SliceWatch })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::{Protocol, ServicePort};
+
+    #[test]
+    fn only_a_name_tells_the_services_of_an_endpoint_apart() {
+        let port = |name: &str| ServicePort(name.into());
+        let front_end = ServiceName::FrontEnd { address: [10, 96, 0, 10].into(), port: 80 };
+        let address = IpAddr::from([10, 0, 0, 1]);
+        let (service, protocol) = (port("default/web:http"), Protocol::Tcp);
+        let key = EndpointKey { service, protocol, address, port: 8080 };
+        for (service, expected) in [
+            (Some(ServiceName::Port(port("default/web:http"))), true),
+            (Some(ServiceName::Port(port("default/api:http"))), false),
+            (Some(front_end), true),
+            (None, true),
+        ] {
+            let backend = Backend { service, protocol, address, port: 8080 };
+            assert_eq!(is_endpoint_of(&backend, &key), expected, "{backend:?}");
+            assert!(!is_endpoint_of(&Backend { port: 8081, ..backend }, &key));
+        }
+    }
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::*;
 use crate::facts::{
-    Backend, BackendStep, Deletion, Happening, Origin, PodObserved, Protocol, ServicePort,
-    TargetPod,
+    Backend, BackendStep, Deletion, Happening, Origin, PodObserved, Protocol, ServiceName,
+    ServicePort, TargetPod,
 };
 
 pub(super) const POD: &str = "aaaaaaaa-0000-0000-0000-000000000001";
@@ -131,7 +131,7 @@ impl Teller {
             at: at(ms),
             uncertainty: Duration::from_millis(1),
             backend: Backend {
-                service: Some(ServicePort(Arc::from(service))),
+                service: Some(ServiceName::Port(ServicePort(Arc::from(service)))),
                 protocol: Protocol::Tcp,
                 address: address(self.address),
                 port: 8080,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::facts::{BootNs, Deletion, PodUid, ServicePort, Workload};
+use crate::facts::{BootNs, Deletion, PodUid, ServiceName, Workload};
 
 /// Who reported an instant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,8 +32,8 @@ pub struct Instant {
 /// The backend of one Service port that was taken out of this node's rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Removal {
-    /// The Service port, when the rules name it.
-    pub service: Option<ServicePort>,
+    /// The Service port, when the rules name it or its front end.
+    pub service: Option<ServiceName>,
     /// The first sight of the endpoint as terminating, not ready or gone.
     pub endpoint_terminating: Option<Instant>,
     /// When new connections ceased to be sent to it; `None` while they still are.

@@ -48,9 +48,18 @@ enum State {
 pub struct Backends {
     origins: HashMap<Origin, Reached>,
     count: usize,
+    changed_last: Option<Dataplane>,
 }
 
 impl Backends {
+    /// What some origins reach at first sight: whatever made it so was not seen.
+    #[must_use]
+    pub fn new(now: Vec<(Origin, Reached)>) -> Self {
+        let mut backends = Self::default();
+        backends.replace(now);
+        Self { changed_last: None, ..backends }
+    }
+
     /// Replaces what some origins reach, at one moment; gives what that changed of the whole, in
     /// the order of the backends.
     pub fn replace(&mut self, now: Vec<(Origin, Reached)>) -> Vec<(Backend, BackendStep)> {
@@ -58,8 +67,13 @@ impl Backends {
         let mut touched: BTreeSet<Backend> = BTreeSet::new();
         for (origin, reached) in &now {
             let before = self.origins.get(origin).unwrap_or(&nothing);
-            touched.extend(before.backends.symmetric_difference(&reached.backends).cloned());
-            touched.extend(before.draining.symmetric_difference(&reached.draining).cloned());
+            let backends = before.backends.symmetric_difference(&reached.backends);
+            let draining = before.draining.symmetric_difference(&reached.draining);
+            let mut differing = backends.chain(draining).peekable();
+            if differing.peek().is_some() {
+                self.changed_last = origin.dataplane().or(self.changed_last);
+            }
+            touched.extend(differing.cloned());
         }
         self.stepped(touched, |origins| {
             for (origin, reached) in now {
@@ -71,8 +85,12 @@ impl Backends {
     /// Takes in what changed of what some origins reach, at one moment; gives what that changed of
     /// the whole, in the order of the backends.
     pub fn update(&mut self, changes: Vec<(Origin, Changes)>) -> Vec<(Backend, BackendStep)> {
-        let touched = changes.iter().flat_map(|(_, changes)| &changes.backends);
-        let touched = touched.map(|(backend, _)| backend.clone()).collect();
+        let mut touched = BTreeSet::new();
+        for (origin, changes) in changes.iter().filter(|(_, changes)| !changes.backends.is_empty())
+        {
+            self.changed_last = origin.dataplane().or(self.changed_last);
+            touched.extend(changes.backends.iter().map(|(backend, _)| backend.clone()));
+        }
         self.stepped(touched, |origins| {
             for (origin, changes) in changes {
                 let mut reached = origins.remove(&origin).unwrap_or_default();
@@ -115,11 +133,11 @@ impl Backends {
         steps
     }
 
-    /// Whether an origin's backends are others than `now`.
+    /// The dataplane whose own backends changed last, whether or not that changed the whole; `None`
+    /// when no change was seen.
     #[must_use]
-    pub fn differs(&self, origin: &Origin, now: &Reached) -> bool {
-        let before = self.origins.get(origin).map(|before| &before.backends);
-        before.unwrap_or(&BTreeSet::new()) != &now.backends
+    pub fn changed_last(&self) -> Option<Dataplane> {
+        self.changed_last
     }
 
     /// How many backends there are.
@@ -257,6 +275,25 @@ mod tests {
         assert_eq!(backends.replace(vec![(LEGACY, drained)]), []);
         let steps = backends.replace(vec![(nft(), reached(&[]))]);
         assert_eq!(steps, [(backend(1), BackendStep::Draining)]);
+    }
+
+    #[test]
+    fn a_change_that_another_table_hides_still_tells_which_changed_last() {
+        let mut backends = Backends::new(vec![(nft(), reached(&[1, 2])), (LEGACY, reached(&[1]))]);
+        assert_eq!((backends.changed_last(), backends.count()), (None, 2), "nothing was seen yet");
+        assert_eq!(backends.replace(vec![(LEGACY, reached(&[2])), (nft(), reached(&[1, 2]))]), []);
+        assert_eq!(backends.changed_last(), Some(Dataplane::IptablesLegacy));
+        let update = |backends| vec![(nft(), Changes { backends, unresolved: 0 })];
+        backends.update(update(Vec::new()));
+        assert_eq!(backends.changed_last(), Some(Dataplane::IptablesLegacy), "no backend changed");
+        assert_eq!(backends.update(update(vec![(backend(2), Way::Removed)])), []);
+        assert_eq!(backends.changed_last(), Some(Dataplane::Nftables));
+        let others = TableId { family: TableFamily::Ip, name: "firewall".into() };
+        backends.replace(vec![(Origin::Nft(others), reached(&[9]))]);
+        assert_eq!(backends.changed_last(), Some(Dataplane::Nftables), "no dataplane's table");
+        let drained = Reached { draining: reached(&[2]).backends, ..Reached::default() };
+        backends.replace(vec![(LEGACY, drained)]);
+        assert_eq!(backends.changed_last(), Some(Dataplane::IptablesLegacy), "draining counts");
     }
 
     #[test]

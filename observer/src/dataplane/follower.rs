@@ -77,7 +77,7 @@ impl Follower {
                 None => follower.silent.unread(table, at),
             }
         }
-        follower.backends.replace(reached);
+        follower.backends = Backends::new(reached);
         let (backends, draining) = (follower.backends.all(), follower.backends.draining());
         follower.send(Update::Present { at, backends, draining }).await;
         follower.report_status().await;
@@ -106,8 +106,7 @@ impl Follower {
         let NftCommit { tables, heard } = commit;
         self.counters.commits.increase();
         let changes = tables.into_iter().filter(|(table, _)| self.detector.follows(table));
-        let changes = changes.map(|(table, now)| (Origin::Nft(table), now)).collect::<Vec<_>>();
-        self.detector.note_changes(&changes);
+        let changes = changes.map(|(table, now)| (Origin::Nft(table), now)).collect();
         let steps = self.backends.update(changes);
         let stamps = heard.task.and_then(|task| self.stamps_of(task));
         self.report(steps, heard.at, heard.uncertainty(stamps)).await;
@@ -126,7 +125,6 @@ impl Follower {
         reached.extend(gone.map(|origin| (origin, Reached::default())));
         let until = clock::now();
         self.send(Update::Blind(Blindness { from, until, source: "netfilter messages" })).await;
-        self.detector.note_replaced(&self.backends, &reached);
         let steps = self.backends.replace(reached);
         self.report(steps, until, until.since(from)).await;
         self.report_status().await;
@@ -294,8 +292,11 @@ impl Follower {
             let until = clock::now();
             let source = "commits of a table";
             self.send(Update::Blind(Blindness { from, until, source })).await;
-            if let Some(reading) = reading {
-                self.replace(table, reading, |_| (until, until.since(from))).await;
+            match reading {
+                Some(reading) => {
+                    self.replace(table, reading, |_| (until, until.since(from))).await;
+                }
+                None => self.report_status().await,
             }
         }
     }
@@ -309,9 +310,6 @@ impl Follower {
         when: impl Fn(&Backend) -> (BootNs, Duration),
     ) {
         let steps = self.backends.replace(vec![(Origin::Silent(table), reading.reached)]);
-        if !steps.is_empty() {
-            self.detector.changed(table.dataplane());
-        }
         for (backend, step) in steps {
             let (at, uncertainty) = when(&backend);
             self.send(Update::Change(BackendChange { at, uncertainty, backend, step })).await;
@@ -326,8 +324,9 @@ impl Follower {
     }
 
     async fn report_status(&mut self) {
-        let in_use = self.silent.in_use();
-        if let Some(status) = self.detector.status(self.nft.ruleset(), in_use, &self.backends) {
+        let (in_use, unreadable) = (self.silent.in_use(), self.silent.unreadable());
+        let rules = self.nft.ruleset();
+        if let Some(status) = self.detector.status(rules, in_use, unreadable, &self.backends) {
             self.send(Update::Status(status)).await;
         }
     }

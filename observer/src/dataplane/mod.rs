@@ -33,6 +33,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use jiff::Timestamp;
+
 use crate::facts::{Backend, BackendChange, Blindness, BootNs};
 
 pub use commits::Commit;
@@ -155,10 +157,38 @@ pub struct Status {
     pub backends: usize,
     /// Reachable rules whose destination this decoder cannot tell.
     pub unresolved: usize,
+    /// The tables whose content is unknown: every termination meanwhile is censored.
+    pub unreadable: Vec<Unreadable>,
+}
+
+/// A table that cannot be read, and is tried again until it can.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreadable {
+    /// Which.
+    pub table: SilentTable,
+    /// When reading it first failed.
+    pub since: Timestamp,
+    /// The latest error.
+    pub why: String,
+}
+
+impl fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { table, since, why } = self;
+        write!(
+            f,
+            "the table of {table} cannot be read since {since:.0}, so every termination is \
+             censored: {why}; it is tried again until it works; if another dataplane serves \
+             Services here, choose that one with --dataplane"
+        )
+    }
 }
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for unreadable in &self.unreadable {
+            write!(f, "{unreadable}; ")?;
+        }
         let Some(serving) = self.serving else {
             return f.write_str(
                 "no dataplane is found: neither rules of kube-proxy (nftables, iptables, IPVS) nor \

@@ -1,16 +1,22 @@
-//! Which Service port a chain or a comment of kube-proxy belongs to.
+//! Which Service port a chain or a comment of kube-proxy, or a front end, belongs to.
 //!
 //! kube-proxy names nftables chains `service-HASH-namespace/name/protocol/port` (also `local-`,
 //! `external-`, `firewall-`), and `endpoint-…__ADDRESS/PORT` up to 1.35; iptables chains are
 //! hashes, so there the rules' comments tell. With more than 1,000 endpoints kube-proxy leaves
 //! the comment out of the endpoints' rules and only `KUBE-SERVICES` has it. Refuses whatever
-//! looks different, rather than guess.
+//! looks different, rather than guess. IPVS and Cilium have no names, only front ends.
 
-use crate::facts::{Protocol, ServicePort};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
+
+use crate::facts::{Protocol, ServiceName, ServicePort};
 
 const CHAIN_KINDS: [&str; 5] = ["service-", "endpoint-", "local-", "external-", "firewall-"];
 /// What may follow the Service port in a comment.
 const COMMENT_TAILS: [&str; 5] = ["", "cluster IP", "external IP", "loadbalancer IP", "-> "];
+/// kube-apiserver's default `--service-node-port-range`. A cluster with another loses nothing but
+/// memory.
+const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
 
 /// The Service port and protocol in the name of a kube-proxy chain. `None` when it is no such
 /// chain, or its name was cut short (128 bytes, ending in `...`) before the port's end.
@@ -58,6 +64,18 @@ pub(crate) fn start_of_comment(comment: &str) -> Option<&str> {
     (known && well_formed).then_some(service)
 }
 
+/// What to call the Service port that is reached at a front end. A node port is one Service port's
+/// on every address of the node, of which there may be hundreds: together they are one front end.
+#[must_use]
+pub(crate) fn of_front_end(address: IpAddr, port: u16) -> ServiceName {
+    let any = match address {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let address = if NODE_PORTS.contains(&port) { any } else { address };
+    ServiceName::FrontEnd { address, port }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,6 +116,19 @@ mod tests {
             assert_eq!(chain(name), None, "{name}");
         }
         assert!(chain("endpoint-EK3DTP7L-a/b/tcp/c__fd00..23...").is_some());
+    }
+
+    #[test]
+    fn a_node_port_is_one_front_end_on_all_addresses_and_others_are_not() {
+        let shown = |address: &str, port| {
+            of_front_end(address.parse().expect("an address"), port).to_string()
+        };
+        assert_eq!(shown("10.96.0.10", 80), "10.96.0.10:80");
+        assert_eq!(shown("fd00::10", 29_999), "[fd00::10]:29999");
+        assert_eq!(shown("192.0.2.1", 30_000), "0.0.0.0:30000");
+        assert_eq!(shown("192.0.2.2", 32_767), "0.0.0.0:32767");
+        assert_eq!(shown("fd00::1", 30_080), "[::]:30080");
+        assert_eq!(shown("192.0.2.1", 32_768), "192.0.2.1:32768");
     }
 
     #[test]

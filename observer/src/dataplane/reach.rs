@@ -18,7 +18,7 @@ use foldhash::HashMap;
 
 use super::names;
 use super::rules::{Effect, Element, Family, Name, PortSource, Rule, Table};
-use crate::facts::{Backend, Protocol, ServicePort};
+use crate::facts::{Backend, Protocol, ServiceName, ServicePort};
 
 /// Edits travel at most this far: the kernel allows 16 nested jumps, each perhaps by a map. Beyond
 /// that, rules are looping and what they reach is left as it is.
@@ -430,7 +430,8 @@ impl Reach {
             self.unresolved += sign;
             return;
         };
-        let backend = Backend { service: label.service.clone(), protocol, address, port };
+        let service = label.service.clone().map(ServiceName::Port);
+        let backend = Backend { service, protocol, address, port };
         if !self.touched.contains_key(&backend) {
             self.touched.insert(backend.clone(), self.backends.contains_key(&backend));
         }
@@ -483,7 +484,8 @@ mod tests {
 
     fn shown(reached: &Reached) -> Vec<String> {
         let show = |backend: &Backend| {
-            let service = backend.service.as_ref().map_or("-", |service| &service.0);
+            let service = backend.service.as_ref();
+            let service = service.map_or("-".to_owned(), ServiceName::to_string);
             format!("{service} {:?} {} {}", backend.protocol, backend.address, backend.port)
         };
         reached.backends.iter().map(show).collect()

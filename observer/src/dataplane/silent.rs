@@ -6,16 +6,17 @@
 //! unknown, and said to be, until it can.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::spawn_blocking;
-use tracing::{debug, warn};
+use tracing::warn;
 
 use super::reach::Reached;
 use super::rules::Family;
-use super::{Counters, Dataplane, Settings, cilium, ipvs, legacy};
-use crate::clock;
+use super::{Counters, Dataplane, Settings, Unreadable, cilium, ipvs, legacy};
+use crate::clock::{self, WallOffset};
 use crate::facts::BootNs;
 use crate::kernel::watched::MAP_COMMIT_WINDOW;
 
@@ -77,6 +78,16 @@ impl SilentTable {
     }
 }
 
+impl fmt::Display for SilentTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Legacy(Family::V4) => f.write_str("iptables-legacy (IPv4)"),
+            Self::Legacy(Family::V6) => f.write_str("iptables-legacy (IPv6)"),
+            Self::Ipvs | Self::Cilium => self.dataplane().fmt(f),
+        }
+    }
+}
+
 /// A table as it was at one moment.
 #[derive(Debug, Default)]
 pub struct Reading {
@@ -130,8 +141,10 @@ pub(super) struct SilentTables {
     in_use: BTreeSet<SilentTable>,
     /// Everything up to here was read.
     read_at: BTreeMap<SilentTable, BootNs>,
-    /// The tables that could not be read, and since when they are unknown.
+    /// The tables that were not read yet or could not be, and since when they are unknown.
     unread_since: BTreeMap<SilentTable, BootNs>,
+    /// Those whose latest reading failed.
+    unreadable: BTreeMap<SilentTable, Unreadable>,
 }
 
 impl SilentTables {
@@ -157,6 +170,7 @@ impl SilentTables {
             in_use: BTreeSet::new(),
             read_at: BTreeMap::new(),
             unread_since: BTreeMap::new(),
+            unreadable: BTreeMap::new(),
         })
     }
 
@@ -193,6 +207,11 @@ impl SilentTables {
         !self.unread_since.is_empty()
     }
 
+    /// The tables whose latest reading failed.
+    pub(super) fn unreadable(&self) -> Vec<Unreadable> {
+        self.unreadable.values().cloned().collect()
+    }
+
     /// The moment up to which a table was read last.
     pub(super) fn read_at(&self, table: SilentTable) -> Option<BootNs> {
         self.read_at.get(&table).copied()
@@ -213,8 +232,7 @@ impl SilentTables {
             self.counters.interrupted_reads.increase();
             reading = again;
         }
-        self.counters.table_failures.increase();
-        warn!("{} changed during each of {ATTEMPTS} readings; trying again", table.dataplane());
+        self.note_failure(table, format!("it changed during each of {ATTEMPTS} readings"));
         None
     }
 
@@ -228,16 +246,12 @@ impl SilentTables {
         let reading = match reading.map_err(anyhow::Error::new) {
             Ok(Ok(reading)) => reading,
             Ok(Err(error)) | Err(error) => {
-                self.counters.table_failures.increase();
-                if self.unread_since.contains_key(&table) {
-                    debug!("still: {error:#}");
-                } else {
-                    warn!("{error:#}; trying again until it works");
-                }
+                self.note_failure(table, format!("{error:#}"));
                 return None;
             }
         };
         self.unread_since.remove(&table);
+        self.unreadable.remove(&table);
         self.read_at.insert(table, begun);
         if reading.in_use {
             self.in_use.insert(table);
@@ -245,5 +259,19 @@ impl SilentTables {
             self.in_use.remove(&table);
         }
         Some(reading)
+    }
+
+    /// Says so once for each reason.
+    fn note_failure(&mut self, table: SilentTable, why: String) {
+        self.counters.table_failures.increase();
+        let unreadable = self.unreadable.entry(table).or_insert_with(|| Unreadable {
+            table,
+            since: WallOffset::measure().to_timestamp(clock::now()),
+            why: String::new(),
+        });
+        if unreadable.why != why {
+            unreadable.why = why;
+            warn!("{unreadable}");
+        }
     }
 }

@@ -7,11 +7,10 @@
 
 use std::collections::BTreeSet;
 
-use super::backends::{Backends, Origin};
+use super::backends::Backends;
 use super::nft::{Ruleset, TableId};
-use super::reach::{Changes, Reached};
 use super::silent::KUBE_SERVICES;
-use super::{Dataplane, Status};
+use super::{Dataplane, Status, Unreadable};
 
 /// kube-proxy's table in nftables mode, and iptables' own.
 const KUBE_PROXY: &str = "kube-proxy";
@@ -26,48 +25,21 @@ pub(super) fn dataplane_of(table: &TableId) -> Option<Dataplane> {
     }
 }
 
-/// Remembers what tells the one that serves.
+/// Remembers what was told.
 pub(super) struct Detector {
     /// The only one to follow; `None` for all.
     only: Option<Dataplane>,
-    changed_last: Option<Dataplane>,
     told: Option<Status>,
 }
 
 impl Detector {
     pub(super) fn new(only: Option<Dataplane>) -> Self {
-        Self { only, changed_last: None, told: None }
+        Self { only, told: None }
     }
 
     /// Whether a table of `nf_tables` is to be followed.
     pub(super) fn follows(&self, table: &TableId) -> bool {
         self.only.is_none() || self.only == dataplane_of(table)
-    }
-
-    /// A commit changed what some tables reach.
-    pub(super) fn note_changes(&mut self, changes: &[(Origin, Changes)]) {
-        for (origin, changes) in changes {
-            if !changes.backends.is_empty()
-                && let Some(dataplane) = origin.dataplane()
-            {
-                self.changed(dataplane);
-            }
-        }
-    }
-
-    /// What some tables reach is about to replace what they reached.
-    pub(super) fn note_replaced(&mut self, before: &Backends, now: &[(Origin, Reached)]) {
-        for (origin, reached) in now {
-            if let Some(dataplane) = origin.dataplane().filter(|_| before.differs(origin, reached))
-            {
-                self.changed(dataplane);
-            }
-        }
-    }
-
-    /// The backends of a dataplane changed.
-    pub(super) fn changed(&mut self, dataplane: Dataplane) {
-        self.changed_last = Some(dataplane);
     }
 
     /// What is to be told, if it is not what was told last. `silent` are the dataplanes in use
@@ -76,6 +48,7 @@ impl Detector {
         &mut self,
         rules: &Ruleset,
         silent: impl Iterator<Item = Dataplane>,
+        unreadable: Vec<Unreadable>,
         backends: &Backends,
     ) -> Option<Status> {
         let tables = rules.tables().filter(|(id, _)| self.follows(id));
@@ -89,10 +62,11 @@ impl Detector {
             in_use.retain(|dataplane| backends.count_of(*dataplane) > 0);
         }
         let status = Status {
-            serving: self.serving(&in_use, backends),
+            serving: serving(&in_use, backends),
             in_use,
             backends: backends.count(),
             unresolved: backends.unresolved(),
+            unreadable,
         };
         if self.told.as_ref() == Some(&status) {
             return None;
@@ -100,18 +74,20 @@ impl Detector {
         self.told = Some(status.clone());
         Some(status)
     }
+}
 
-    fn serving(&self, in_use: &BTreeSet<Dataplane>, backends: &Backends) -> Option<Dataplane> {
-        let changed = self.changed_last.filter(|dataplane| in_use.contains(dataplane));
-        // Of equals the first: the order is the one in which a connection meets them.
-        let largest = in_use.iter().rev().max_by_key(|dataplane| backends.count_of(**dataplane));
-        changed.or(largest.copied())
-    }
+fn serving(in_use: &BTreeSet<Dataplane>, backends: &Backends) -> Option<Dataplane> {
+    let changed = backends.changed_last().filter(|dataplane| in_use.contains(dataplane));
+    // Of equals the first: the order is the one in which a connection meets them.
+    let largest = in_use.iter().rev().max_by_key(|dataplane| backends.count_of(**dataplane));
+    changed.or(largest.copied())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::backends::Origin;
     use super::super::nft::TableFamily;
+    use super::super::reach::Reached;
     use super::super::{Family, SilentTable};
     use super::*;
     use crate::facts::{Backend, Protocol};
@@ -135,24 +111,22 @@ mod tests {
 
     fn serving(detector: &mut Detector, backends: &Backends) -> Option<Dataplane> {
         let silent = [Dataplane::Cilium, Dataplane::IptablesLegacy];
-        detector.status(&Ruleset::default(), silent.into_iter(), backends)?.serving
+        detector.status(&Ruleset::default(), silent.into_iter(), Vec::new(), backends)?.serving
     }
 
     #[test]
     fn the_one_with_most_backends_serves_until_another_changes() {
-        let (mut detector, mut backends) = (Detector::new(None), Backends::default());
-        backends.replace(vec![(LEGACY, reached(1..=3)), (CILIUM, reached(1..=2))]);
+        let mut detector = Detector::new(None);
+        let mut backends = Backends::new(vec![(LEGACY, reached(1..=3)), (CILIUM, reached(1..=2))]);
         assert_eq!(serving(&mut detector, &backends), Some(Dataplane::IptablesLegacy));
-        let fewer = [(CILIUM, reached(1..=1)), (LEGACY, reached(1..=3))];
-        detector.note_replaced(&backends, &fewer);
-        backends.replace(fewer.into());
+        backends.replace(vec![(CILIUM, reached(1..=1)), (LEGACY, reached(1..=3))]);
         assert_eq!(serving(&mut detector, &backends), Some(Dataplane::Cilium));
     }
 
     #[test]
     fn of_equals_the_one_that_a_connection_meets_first_serves() {
-        let (mut detector, mut backends) = (Detector::new(None), Backends::default());
-        backends.replace(vec![(LEGACY, reached(1..=2)), (CILIUM, reached(1..=2))]);
+        let mut detector = Detector::new(None);
+        let backends = Backends::new(vec![(LEGACY, reached(1..=2)), (CILIUM, reached(1..=2))]);
         assert_eq!(serving(&mut detector, &backends), Some(Dataplane::Cilium));
     }
 
@@ -162,8 +136,32 @@ mod tests {
         assert_eq!(serving(&mut detector, &backends), Some(Dataplane::Cilium), "both are empty");
         backends.replace(vec![(LEGACY, reached(1..=1))]);
         let silent = [Dataplane::Cilium, Dataplane::IptablesLegacy].into_iter();
-        let status = detector.status(&Ruleset::default(), silent, &backends).expect("it changed");
-        assert_eq!(status.in_use, BTreeSet::from([Dataplane::IptablesLegacy]));
+        let status = detector.status(&Ruleset::default(), silent, Vec::new(), &backends);
+        let in_use = status.expect("it changed").in_use;
+        assert_eq!(in_use, BTreeSet::from([Dataplane::IptablesLegacy]));
+    }
+
+    #[test]
+    fn a_table_that_cannot_be_read_is_told_and_that_it_can_again() {
+        let (mut detector, backends) = (Detector::new(None), Backends::default());
+        let mut status = |unreadable: &[Unreadable]| {
+            let silent = [Dataplane::IptablesLegacy].into_iter();
+            detector.status(&Ruleset::default(), silent, unreadable.to_vec(), &backends)
+        };
+        let since = "2026-11-21T01:44:34Z".parse().expect("a time");
+        let why = "the layout is not known".to_owned();
+        let cilium = [Unreadable { table: SilentTable::Cilium, since, why }];
+        assert_eq!(status(&[]).map(|status| status.unreadable.len()), Some(0));
+        let told = status(&cilium).expect("it changed").to_string();
+        for words in [
+            "the table of cilium cannot be read since 2026-11-21T01:44:34Z",
+            "the layout is not known",
+            "with --dataplane; iptables-legacy serves Services (0 backends)",
+        ] {
+            assert!(told.contains(words), "{told}");
+        }
+        assert_eq!(status(&cilium), None);
+        assert_eq!(status(&[]).map(|status| status.unreadable), Some(Vec::new()));
     }
 
     #[test]

@@ -58,22 +58,31 @@ impl Daemon {
             .arg(format!("--listen={port}"))
             .spawn()
             .expect("the binary starts");
-        Self { child, url: format!("http://{port}/metrics"), directory }
+        Self { child, url: format!("http://{port}"), directory }
     }
 
     /// Waits until the metrics have all these lines.
     fn wait_for(&self, lines: &[&str]) {
-        let mut metrics = String::new();
+        self.wait_until("/metrics", |metrics| {
+            lines.iter().all(|wanted| metrics.lines().any(|line| line == *wanted))
+        });
+    }
+
+    /// Waits until what it says at `path`, ready or not, is as wanted.
+    fn wait_until(&self, path: &str, is_wanted: impl Fn(&str) -> bool) {
+        let url = format!("{}{path}", self.url);
+        let mut said = String::new();
         for _ in 0..LOOKS {
-            if let Ok(mut answer) = ureq::get(&self.url).call() {
-                metrics = answer.body_mut().read_to_string().expect("text");
-                if lines.iter().all(|wanted| metrics.lines().any(|line| line == *wanted)) {
+            let request = ureq::get(&url).config().http_status_as_error(false).build();
+            if let Ok(mut answer) = request.call() {
+                said = answer.body_mut().read_to_string().expect("text");
+                if is_wanted(&said) {
                     return;
                 }
             }
             sleep(BETWEEN_LOOKS);
         }
-        panic!("not {lines:?} in\n{metrics}");
+        panic!("{path} says\n{said}");
     }
 }
 
@@ -116,6 +125,17 @@ fn the_agent_follows_maps_that_come_change_and_are_made_anew() {
         anew.service(1, &[3, 4], &[], 3);
         daemon.wait_for(&["observer_dataplane_backends 2"]);
 
+        fs::rename(maps.join("cilium_lb4_backends_v3"), maps.join("aside")).expect("hide a map");
+        let unreadable = r#"observer_dataplane_unreadable{dataplane="cilium"} 1"#;
+        daemon.wait_for(&[unreadable]);
+        daemon.wait_until("/readyz", |said| {
+            said.contains("dataplane: the table of cilium cannot be read since")
+                && said.contains("Cilium 1.11 or newer is needed")
+        });
+        fs::rename(maps.join("aside"), maps.join("cilium_lb4_backends_v3")).expect("bring it back");
+        daemon.wait_until("/metrics", |metrics| !metrics.contains(unreadable));
+        daemon.wait_until("/readyz", |said| !said.contains("dataplane:"));
+
         fs::remove_dir_all(&maps).expect("Cilium is uninstalled");
         daemon.wait_for(&["observer_dataplane_backends 0"]);
     });
@@ -138,7 +158,7 @@ fn backends_are_printed_or_the_reason_why_not() {
         four.backend(2, TERMINATING);
         four.service(1, &[1], &[2], 0);
         let printed = text(backends(&maps).stdout);
-        assert_eq!(printed, "(not named) TCP\n  10.1.0.1:8080\n  10.1.0.2:8080  draining\n");
+        assert_eq!(printed, "10.96.0.1:443 TCP\n  10.1.0.1:8080\n  10.1.0.2:8080  draining\n");
 
         fs::remove_file(maps.join("cilium_lb4_services_v2")).expect("unpin");
         drop(pinned::<[u8; 12], [u8; 16]>(&maps, "cilium_lb4_services_v2"));

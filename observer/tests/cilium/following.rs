@@ -8,7 +8,7 @@ use observer::dataplane::{Commit, CommitSignal, Dataplane, SilentTable, Update};
 use observer::facts::BackendStep;
 
 use super::maps::{ACTIVE, TERMINATING, V4, V4WithBackends2, V6, pinned, with_bpffs};
-use super::running::{Running, in_runtime, v4, v6};
+use super::running::{Running, in_runtime, v4, v4_of, v6};
 
 const CILIUM: SilentTable = SilentTable::Cilium;
 
@@ -50,12 +50,40 @@ fn looks_find_what_changed_since_the_one_before() {
 }
 
 #[test]
+fn a_pod_of_two_services_is_removed_from_each_by_itself() {
+    with_bpffs(|maps| {
+        in_runtime(async || {
+            let mut four = V4::create(&maps, "lb4", "v3");
+            four.backend(1, ACTIVE);
+            four.service(1, &[1], &[], 0);
+            four.service(2, &[1], &[], 0);
+            let (mut running, present, _) = Running::start(maps).await;
+            assert_eq!(present, [v4_of(1, 1), v4_of(2, 1)].into());
+            let mut removed_at = Vec::new();
+            for service in [2, 1] {
+                four.service(service, &[], &[1], 1);
+                let look = CommitSignal::Look { at: clock::now(), table: CILIUM };
+                running.commits.send(look).await.expect("sent");
+                let change = running.change().await;
+                let expected = (v4_of(service, 1), BackendStep::Draining);
+                assert_eq!((change.backend, change.step), expected);
+                removed_at.push(change.at);
+            }
+            assert!(removed_at.is_sorted());
+        });
+    });
+}
+
+#[test]
 fn an_unknown_layout_is_counted_and_read_again_until_it_is_known() {
     with_bpffs(|maps| {
         in_runtime(async || {
             drop(pinned::<[u8; 12], [u8; 16]>(&maps, "cilium_lb4_services_v2"));
             let (mut running, present, _) = Running::start(maps.clone()).await;
             assert!(present.is_empty());
+            let said = running.status.to_string();
+            assert!(said.contains("the table of cilium cannot be read since"), "{said}");
+            assert!(said.contains("cilium_lb4_services_v2 has keys of 12 bytes"), "{said}");
             assert!(running.counters.table_failures.get() >= 1);
             fs::remove_file(maps.join("cilium_lb4_services_v2")).expect("unpin");
             let mut four = V4::create(&maps, "lb4", "v3");
@@ -71,6 +99,10 @@ fn an_unknown_layout_is_counted_and_read_again_until_it_is_known() {
             };
             assert_eq!((&change.backend, change.step), (&v4(1), BackendStep::Added));
             assert!(blind > 0, "what the maps held is not known");
+            while !running.status.unreadable.is_empty() {
+                running.next().await;
+            }
+            assert_eq!(running.status.to_string(), "cilium serves Services (1 backends)");
         });
     });
 }

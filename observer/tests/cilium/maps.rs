@@ -16,6 +16,8 @@ pub(crate) const ACTIVE: u8 = 0;
 pub(crate) const TERMINATING: u8 = 1;
 /// The port of every backend.
 pub(crate) const PORT: u16 = 8080;
+/// The port of every Service.
+pub(crate) const SERVICE_PORT: u16 = 443;
 /// Enough for every test.
 const ELEMENTS: u32 = 65_536;
 
@@ -130,7 +132,7 @@ fn slot<const KEY: usize>(service: u16, number: usize) -> [u8; KEY] {
     let network: &[u8] = if address == 4 { &[10, 96] } else { &[0xfd, 0x60] };
     key[..2].copy_from_slice(network);
     key[address - 2..address].copy_from_slice(&service.to_be_bytes());
-    key[address..address + 2].copy_from_slice(&443_u16.to_be_bytes());
+    key[address..address + 2].copy_from_slice(&SERVICE_PORT.to_be_bytes());
     let number = u16::try_from(number).expect("few slots");
     key[address + 2..address + 4].copy_from_slice(&number.to_ne_bytes());
     key[address + 4] = 6;

@@ -2,15 +2,16 @@
 
 use std::collections::BTreeSet;
 use std::future::Future;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use observer::dataplane::{CommitSignal, Counters, Dataplane, Settings, Status, Update, run};
-use observer::facts::{Backend, BackendChange, BackendStep, Protocol};
+use observer::facts::{Backend, BackendChange, BackendStep, Protocol, ServiceName};
 use tokio::sync::mpsc::{self, Receiver, Sender};
 
-use super::maps::PORT;
+use super::maps::{PORT, SERVICE_PORT};
 
 /// Nothing here takes longer; it ends a wait that would never end.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -87,15 +88,27 @@ pub(crate) fn in_runtime<F: Future<Output = ()>>(test: impl FnOnce() -> F) {
     runtime.block_on(test());
 }
 
-/// The backend of this id in the maps of IPv4.
+/// The backend of this id and of Service 1 in the maps of IPv4.
 pub(crate) fn v4(id: u16) -> Backend {
-    let [high, low] = id.to_be_bytes();
-    let address = [10, 1, high, low].into();
-    Backend { service: None, protocol: Protocol::Tcp, address, port: PORT }
+    v4_of(1, id)
 }
 
-/// The backend of this id in the maps of IPv6.
+/// The same of another Service.
+pub(crate) fn v4_of(service: u16, id: u16) -> Backend {
+    let within = |network, number: u16| {
+        let [high, low] = number.to_be_bytes();
+        [10, network, high, low].into()
+    };
+    backend(within(96, service), within(1, id))
+}
+
+/// The backend of this id and of Service 1 in the maps of IPv6.
 pub(crate) fn v6(id: u16) -> Backend {
-    let address = [0xfd01, 0, 0, 0, 0, 0, 0, id].into();
-    Backend { address, ..v4(id) }
+    let within = |network, number| [network, 0, 0, 0, 0, 0, 0, number].into();
+    backend(within(0xfd60, 1), within(0xfd01, id))
+}
+
+fn backend(service: IpAddr, address: IpAddr) -> Backend {
+    let service = ServiceName::FrontEnd { address: service, port: SERVICE_PORT };
+    Backend { service: Some(service), protocol: Protocol::Tcp, address, port: PORT }
 }

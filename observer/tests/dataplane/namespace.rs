@@ -101,7 +101,8 @@ pub(crate) const STATES: [&str; 8] = [
 /// `service protocol address port`, sorted.
 pub(crate) fn shown<'b>(backends: impl IntoIterator<Item = &'b Backend>) -> BTreeSet<String> {
     let show = |backend: &Backend| {
-        let service = backend.service.as_ref().map_or("-", |service| &service.0);
+        let service = backend.service.as_ref();
+        let service = service.map_or("-".to_owned(), ToString::to_string);
         format!("{service} {:?} {} {}", backend.protocol, backend.address, backend.port)
     };
     backends.into_iter().map(show).collect()

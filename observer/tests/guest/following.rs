@@ -15,8 +15,10 @@ use tokio::sync::mpsc::{Receiver, Sender, channel};
 /// Far more than an emulated guest needs; it ends a wait that would never end.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
+/// `service protocol address port`
 pub(crate) fn shown(backend: &Backend) -> String {
-    format!("{:?} {} {}", backend.protocol, backend.address, backend.port)
+    let service = backend.service.as_ref().map_or("-".to_owned(), ToString::to_string);
+    format!("{service} {:?} {} {}", backend.protocol, backend.address, backend.port)
 }
 
 /// What runs and what it says.

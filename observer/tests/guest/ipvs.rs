@@ -41,6 +41,16 @@ const KINDS: &str = "-A -u 10.96.0.10:53 -s rr
 -a -f 7 -r 10.244.0.22:0 -g -w 1
 ";
 
+/// A backend of the Service at its address, by the last byte of the backend's.
+fn inside(pod: u8) -> String {
+    format!("10.96.0.80:80 Tcp 10.244.0.{pod} 8080")
+}
+
+/// The same at its node port.
+fn outside(pod: u8) -> String {
+    format!("0.0.0.0:30080 Tcp 10.244.0.{pod} 8080")
+}
+
 fn restore(rules: &str) {
     run("ipvsadm -R", rules);
 }
@@ -60,18 +70,48 @@ fn services_of_every_kind_are_read() {
         assert_eq!(
             backends,
             [
-                "Tcp 10.244.0.18 8080",
-                "Tcp 10.244.0.20 80",
-                "Tcp 10.244.0.21 80",
-                "Tcp 127.0.0.1 80",
-                "Tcp fd00:10:244::12 8080",
-                "Udp 10.244.0.2 53",
-                "Sctp 10.244.0.18 9090",
+                "10.96.0.10:53 Udp 10.244.0.2 53",
+                "10.96.0.80:80 Tcp 10.244.0.18 8080",
+                "10.96.0.80:80 Tcp 10.244.0.20 80",
+                "10.96.0.80:80 Tcp 10.244.0.21 80",
+                "10.96.0.80:80 Tcp 127.0.0.1 80",
+                "10.96.0.90:90 Sctp 10.244.0.18 9090",
+                "[fd00:10:96::50]:80 Tcp fd00:10:244::12 8080",
             ]
         );
         let draining: Vec<String> = table.reached.draining.iter().map(shown).collect();
-        assert_eq!(draining, ["Tcp 10.244.0.19 8080"]);
+        assert_eq!(draining, ["10.96.0.80:80 Tcp 10.244.0.19 8080"]);
         assert_eq!(table.reached.unresolved, 1, "the firewall mark");
+    });
+}
+
+#[test]
+#[ignore = "runs in a guest: cargo xtask guest"]
+fn a_node_port_is_one_front_end_until_its_last_address_lets_go() {
+    require_guest();
+    in_namespace(|| {
+        let weights = |weights: [u8; 2]| {
+            for (host, weight) in (1..).zip(weights) {
+                let at = format!("192.0.2.{host}:30080");
+                restore(&format!("-e -t {at} -r 10.244.0.18:8080 -m -w {weight}\n"));
+            }
+            ipvs::Reader::new(Arc::default()).read().expect("read").reached
+        };
+        for host in 1..=2 {
+            let at = format!("192.0.2.{host}:30080");
+            restore(&format!("-A -t {at} -s rr\n-a -t {at} -r 10.244.0.18:8080 -m -w 1\n"));
+        }
+        for (given, (present, draining)) in [([1, 1], (1, 0)), ([0, 1], (1, 0)), ([0, 0], (0, 1))] {
+            let reached = weights(given);
+            assert_eq!((reached.backends.len(), reached.draining.len()), (present, draining));
+            assert!(
+                reached
+                    .backends
+                    .iter()
+                    .chain(&reached.draining)
+                    .all(|one| shown(one) == outside(18))
+            );
+        }
     });
 }
 
@@ -84,36 +124,39 @@ fn each_change_is_told_with_the_span_of_its_own_call() {
         runtime().block_on(async {
             restore(SERVICE);
             let mut running = Running::start(Some(&IPVS_COMMIT)).await;
-            assert_eq!(running.present, ["Tcp 10.244.0.18 8080", "Tcp 10.244.0.19 8080"]);
+            assert_eq!(running.present, [outside(18), outside(19), inside(18), inside(19)]);
 
-            // kube-proxy's order for a pod that ends, while the other virtual service still has it.
+            // kube-proxy's order for a pod that ends: each virtual service by itself.
             let half = "-e -t 10.96.0.80:80 -r 10.244.0.18:8080 -m -w 0\n\
                 -a -t 10.96.0.80:80 -r 10.244.0.20:8080 -m -w 1\n";
-            running.expect(|| restore(half), &[("Tcp 10.244.0.20 8080", Added)]).await;
+            running
+                .expect(|| restore(half), &[(&inside(18), Draining), (&inside(20), Added)])
+                .await;
             let rest = "-e -t 192.0.2.1:30080 -r 10.244.0.18:8080 -m -w 0\n";
-            let change =
-                running.expect(|| restore(rest), &[("Tcp 10.244.0.18 8080", Draining)]).await;
+            let change = running.expect(|| restore(rest), &[(&outside(18), Draining)]).await;
             println!("one edit: the change is known to {:?}", change[0].uncertainty);
             let back = "-e -t 10.96.0.80:80 -r 10.244.0.18:8080 -m -w 2\n";
-            running.expect(|| restore(back), &[("Tcp 10.244.0.18 8080", Added)]).await;
+            running.expect(|| restore(back), &[(&inside(18), Added)]).await;
             let again = "-e -t 10.96.0.80:80 -r 10.244.0.18:8080 -m -w 0\n";
-            running.expect(|| restore(again), &[("Tcp 10.244.0.18 8080", Draining)]).await;
+            running.expect(|| restore(again), &[(&inside(18), Draining)]).await;
             let delete = "-d -t 10.96.0.80:80 -r 10.244.0.18:8080\n\
                 -d -t 192.0.2.1:30080 -r 10.244.0.18:8080\n";
-            running.expect(|| restore(delete), &[("Tcp 10.244.0.18 8080", Removed)]).await;
+            let deleted = [(&*outside(18), Removed), (&*inside(18), Removed)];
+            running.expect(|| restore(delete), &deleted).await;
 
             // Other protocols and families; an edit that changes nothing tells nothing.
             let others = "-e -t 10.96.0.80:80 -r 10.244.0.20:8080 -m -w 1\n\
                 -A -u 10.96.0.10:53 -s rr\n-a -u 10.96.0.10:53 -r 10.244.0.2:53 -m -w 1\n\
                 -A -t [fd00:10:96::50]:80 -s rr\n\
                 -a -t [fd00:10:96::50]:80 -r [fd00:10:244::12]:8080 -m -w 1\n";
-            let added = [("Tcp fd00:10:244::12 8080", Added), ("Udp 10.244.0.2 53", Added)];
-            let changes = running.expect(|| restore(others), &added).await;
+            let dns = "10.96.0.10:53 Udp 10.244.0.2 53";
+            let six = "[fd00:10:96::50]:80 Tcp fd00:10:244::12 8080";
+            let changes = running.expect(|| restore(others), &[(dns, Added), (six, Added)]).await;
             assert_ne!(changes[0].at, changes[1].at, "two calls");
             let gone = "-D -t [fd00:10:96::50]:80\n-d -u 10.96.0.10:53 -r 10.244.0.2:53\n";
-            let removed = [("Tcp fd00:10:244::12 8080", Removed), ("Udp 10.244.0.2 53", Removed)];
-            running.expect(|| restore(gone), &removed).await;
-            let all = [("Tcp 10.244.0.19 8080", Removed), ("Tcp 10.244.0.20 8080", Removed)];
+            running.expect(|| restore(gone), &[(dns, Removed), (six, Removed)]).await;
+            let all = [outside(19), inside(19), inside(20)];
+            let all = all.each_ref().map(|backend| (backend.as_str(), Removed));
             running.expect(|| restore("-C\n"), &all).await;
         });
     });
@@ -210,7 +253,7 @@ fn without_a_change_nothing_is_read() {
             let one = "-e -t 10.96.0.80:80 -r 10.244.0.18:8080 -m -w 0\n\
                 -e -t 192.0.2.1:30080 -r 10.244.0.18:8080 -m -w 0\n";
             restore(one);
-            running.changes(1).await;
+            running.changes(2).await;
             let more = running.counters.table_reads.get() - reads;
             assert!((1..=2).contains(&more), "{more} readings after two commits");
         });
@@ -243,14 +286,14 @@ fn without_the_hook_a_look_tells_the_same_to_the_look_before() {
                 restore(rules);
                 let after = clock::now();
                 let look = running.look(SilentTable::Ipvs).await;
-                let change = running.changes(1).await.remove(0);
-                assert_eq!(
-                    (shown(&change.backend), change.step),
-                    ("Tcp 10.244.0.18 8080".to_owned(), step)
-                );
-                let from = change.at.minus(change.uncertainty);
-                assert!(looked <= from && from <= before, "{looked:?} {change:?} {before:?}");
-                assert!(change.at >= after);
+                for (change, backend) in
+                    running.changes(2).await.iter().zip([outside(18), inside(18)])
+                {
+                    assert_eq!((shown(&change.backend), change.step), (backend, step));
+                    let from = change.at.minus(change.uncertainty);
+                    assert!(looked <= from && from <= before, "{looked:?} {change:?} {before:?}");
+                    assert!(change.at >= after);
+                }
                 looked = look;
             }
             let reads = running.counters.table_reads.get() - reads;

@@ -6,6 +6,9 @@ use observer::kernel::probes::LEGACY_COMMIT;
 use super::following::Running;
 use super::machine::{in_namespace, require_guest, run, runtime};
 
+const FIRST: &str = "default/web Tcp 10.244.0.18 8080";
+const SECOND: &str = "default/web Tcp 10.244.0.19 8080";
+
 /// kube-proxy's nat table for one Service with this pod, and a filter table: two commits.
 fn restore(pod: &str) {
     let rules = format!(
@@ -38,8 +41,8 @@ fn each_replaced_table_is_told_with_the_span_of_the_replacing() {
         runtime().block_on(async {
             restore("10.244.0.18");
             let mut running = Running::start(Some(&LEGACY_COMMIT)).await;
-            assert_eq!(running.present, ["Tcp 10.244.0.18 8080"]);
-            let steps = [("Tcp 10.244.0.18 8080", Removed), ("Tcp 10.244.0.19 8080", Added)];
+            assert_eq!(running.present, [FIRST]);
+            let steps = [(FIRST, Removed), (SECOND, Added)];
             let changes = running.expect(|| restore("10.244.0.19"), &steps).await;
             println!("one restore: the change is known to {:?}", changes[0].uncertainty);
 
@@ -49,7 +52,7 @@ fn each_replaced_table_is_told_with_the_span_of_the_replacing() {
             run("iptables-legacy -t nat -L -n", "");
             run("ip6tables-legacy -t nat -L -n", "");
             run("iptables-legacy-restore", "*filter\n:FORWARD ACCEPT [0:0]\nCOMMIT\n");
-            let steps = [("Tcp 10.244.0.18 8080", Added), ("Tcp 10.244.0.19 8080", Removed)];
+            let steps = [(FIRST, Added), (SECOND, Removed)];
             running.expect(|| restore("10.244.0.18"), &steps).await;
             let more = running.counters.commits.get() - commits;
             assert!((1..=2).contains(&more), "one commit, told for both IP versions: {more}");

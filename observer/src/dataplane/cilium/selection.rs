@@ -7,14 +7,16 @@
 //! (KEP-1669). Clients with session affinity are held to a backend by a table that loses it in the
 //! same update.
 //!
-//! Service names are not in the maps. Connections that a proxy on the node takes (Ingress, Gateway)
+//! Service names are not in the maps, only front ends: each removes its backends by itself. Slots
+//! beyond the count hold what is kept for the connections it has; a backend that no slot names is
+//! kept by no front end, and not told. Connections that a proxy on the node takes (Ingress, Gateway)
 //! are not told: the proxy, not the slots, decides where those go.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 
 use super::entries::{Endpoint, Frontend, Slot};
 use crate::dataplane::reach::Reached;
-use crate::dataplane::xt;
+use crate::dataplane::{names, xt};
 use crate::facts::{Backend, Protocol};
 
 /// What is known of a frontend's slots.
@@ -37,30 +39,24 @@ pub fn reached(slots: &[Slot], endpoints: &[Endpoint]) -> Reached {
 
     let mut expected: usize = heads.values().map(|head| sent_to(*head)).sum();
     let mut unresolved = heads.values().filter(|head| head.to_proxy).count();
-    let (mut active, mut by_proxy) = (HashSet::new(), HashSet::new());
+    let (mut active, mut draining) = (Vec::new(), Vec::new());
     for slot in slots.iter().filter(|slot| slot.number > 0) {
-        let Some(head) = heads.get(&slot.frontend).filter(|head| slot.number <= head.count) else {
-            continue;
-        };
-        if head.to_proxy {
-            by_proxy.insert(slot.backend);
-            continue;
-        }
-        expected = expected.saturating_sub(1);
-        match endpoints.get(&slot.backend) {
-            Some(_) => drop(active.insert((slot.backend, protocol(slot.frontend.protocol)))),
-            None => unresolved += 1,
+        let Some(head) = heads.get(&slot.frontend).filter(|head| !head.to_proxy) else { continue };
+        let is_sent_to = slot.number <= head.count;
+        let endpoint = endpoints.get(&slot.backend);
+        let backend = endpoint.and_then(|endpoint| backend(endpoint, slot.frontend));
+        if is_sent_to {
+            expected = expected.saturating_sub(1);
+            unresolved += usize::from(endpoint.is_none());
+            active.extend(backend);
+        } else {
+            draining.extend(backend);
         }
     }
     unresolved += expected;
-    let named: HashSet<u32> = active.iter().map(|(id, _)| *id).chain(by_proxy).collect();
-    let active =
-        active.into_iter().filter_map(|(id, protocol)| backend(endpoints.get(&id)?, protocol));
-    let backends: BTreeSet<Backend> = active.collect();
-    let idle = endpoints.values().filter(|endpoint| !named.contains(&endpoint.id));
-    let idle = idle.filter_map(|endpoint| backend(endpoint, None));
-    let draining = idle.filter(|idle| !backends.contains(idle)).collect();
-    Reached { backends, draining, unresolved }
+    let backends: BTreeSet<Backend> = active.into_iter().collect();
+    draining.retain(|backend| !backends.contains(backend));
+    Reached { backends, draining: draining.into_iter().collect(), unresolved }
 }
 
 /// How many slots new connections are sent to.
@@ -68,17 +64,14 @@ fn sent_to(head: Head) -> usize {
     if head.to_proxy { 0 } else { head.count.into() }
 }
 
-/// `None` for any.
-fn protocol(number: u8) -> Option<Protocol> {
-    xt::protocol(number)
-}
-
 /// As the observer knows it; `None` for another cluster's, whose address may be a pod's here too.
 /// Where the maps do not tell protocols apart it stands for TCP, the one that is measured.
-fn backend(endpoint: &Endpoint, of_frontend: Option<Protocol>) -> Option<Backend> {
-    let protocol = of_frontend.or(protocol(endpoint.protocol)).unwrap_or(Protocol::Tcp);
+fn backend(endpoint: &Endpoint, frontend: Frontend) -> Option<Backend> {
+    let protocol = xt::protocol(frontend.protocol).or_else(|| xt::protocol(endpoint.protocol));
+    let protocol = protocol.unwrap_or(Protocol::Tcp);
+    let service = Some(names::of_front_end(frontend.address, frontend.port));
     let Endpoint { address, port, cluster, .. } = *endpoint;
-    (cluster == 0).then_some(Backend { service: None, protocol, address, port })
+    (cluster == 0).then_some(Backend { service, protocol, address, port })
 }
 
 #[cfg(test)]
@@ -106,10 +99,12 @@ mod tests {
         Endpoint { id, address: [10, 0, 0, last].into(), port: 80, protocol, cluster: 0 }
     }
 
-    fn backends(of: &[(u8, Protocol)]) -> BTreeSet<Backend> {
-        let backend = |(last, protocol): &(u8, Protocol)| {
-            let address = [10, 0, 0, *last].into();
-            Backend { service: None, protocol: *protocol, address, port: 80 }
+    /// The backends of these front ends and ids.
+    fn backends(of: &[(Frontend, u8, Protocol)]) -> BTreeSet<Backend> {
+        let backend = |&(frontend, last, protocol): &(Frontend, u8, Protocol)| {
+            let service = names::of_front_end(frontend.address, frontend.port);
+            let address = [10, 0, 0, last].into();
+            Backend { service: Some(service), protocol, address, port: 80 }
         };
         of.iter().map(backend).collect()
     }
@@ -120,25 +115,44 @@ mod tests {
         let endpoints = [endpoint(1, TCP), endpoint(2, TCP)];
         let with_count =
             |count| reached(&[slot(web, 2, 2), head(web, count), slot(web, 1, 1)], &endpoints);
-        let both = backends(&[(1, Protocol::Tcp), (2, Protocol::Tcp)]);
+        let both = backends(&[(web, 1, Protocol::Tcp), (web, 2, Protocol::Tcp)]);
         assert_eq!(with_count(2).backends, both);
         let one = with_count(1);
-        assert_eq!(one.backends, backends(&[(1, Protocol::Tcp)]));
-        assert_eq!(one.draining, backends(&[(2, Protocol::Tcp)]));
+        assert_eq!(one.backends, backends(&[(web, 1, Protocol::Tcp)]));
+        assert_eq!(one.draining, backends(&[(web, 2, Protocol::Tcp)]));
         assert_eq!((with_count(0).draining, with_count(0).unresolved), (both, 0));
     }
 
     #[test]
-    fn a_backend_of_several_frontends_is_removed_with_the_last() {
-        let (outside, node_port) = (frontend(1, TCP), frontend(2, TCP));
+    fn each_front_end_removes_a_backend_by_itself_and_both_scopes_of_one_together() {
+        let (outside, other) = (frontend(1, TCP), frontend(2, TCP));
         let inside = Frontend { scope: 1, ..outside };
         let endpoints = [endpoint(1, TCP)];
         let of = |counts: [u16; 3]| {
-            let fronts = [outside, inside, node_port].into_iter().zip(counts);
+            let fronts = [outside, inside, other].into_iter().zip(counts);
             let slots = fronts.flat_map(|(front, count)| [head(front, count), slot(front, 1, 1)]);
-            reached(&slots.collect::<Vec<_>>(), &endpoints).backends.len()
+            reached(&slots.collect::<Vec<_>>(), &endpoints)
         };
-        assert_eq!((of([1, 1, 1]), of([0, 1, 0]), of([0, 0, 1]), of([0, 0, 0])), (1, 1, 1, 0));
+        let (web, dns) = ((outside, 1, Protocol::Tcp), (other, 1, Protocol::Tcp));
+        assert_eq!(of([1, 1, 1]).backends, backends(&[web, dns]));
+        let inside_only = of([0, 1, 0]);
+        assert_eq!(inside_only.backends, backends(&[web]));
+        assert_eq!(inside_only.draining, backends(&[dns]));
+        let other_only = of([0, 0, 1]);
+        assert_eq!(other_only.backends, backends(&[dns]));
+        assert_eq!(other_only.draining, backends(&[web]));
+        assert_eq!(of([0, 0, 0]).draining, backends(&[web, dns]));
+    }
+
+    #[test]
+    fn a_node_port_on_hundreds_of_addresses_is_one_front_end() {
+        let node =
+            |last| Frontend { address: [192, 0, 2, last].into(), port: 30_080, ..frontend(0, TCP) };
+        let slots: Vec<Slot> =
+            (0..200).flat_map(|last| [head(node(last), 1), slot(node(last), 1, 1)]).collect();
+        let reached = reached(&slots, &[endpoint(1, TCP)]);
+        assert_eq!(reached.backends, backends(&[(node(0), 1, Protocol::Tcp)]));
+        assert_eq!((reached.backends.len(), reached.unresolved), (1, 0));
     }
 
     #[test]
@@ -147,7 +161,7 @@ mod tests {
         let lost = reached(&[head(web, 3), slot(web, 1, 1), slot(web, 2, 9)], &[endpoint(1, TCP)]);
         assert_eq!((lost.backends.len(), lost.unresolved), (1, 2), "an unknown id, a missing slot");
         let headless = reached(&[slot(web, 1, 1)], &[endpoint(1, TCP)]);
-        assert_eq!((headless.backends.len(), headless.draining.len()), (0, 1));
+        assert_eq!(headless, Reached::default());
     }
 
     #[test]
@@ -155,7 +169,7 @@ mod tests {
         let (dns, old) = (frontend(1, UDP), frontend(2, ANY));
         let slots = [head(dns, 1), slot(dns, 1, 1), head(old, 2), slot(old, 1, 2), slot(old, 2, 3)];
         let endpoints = [endpoint(1, UDP), endpoint(2, ANY), endpoint(3, UDP)];
-        let expected = [(1, Protocol::Udp), (2, Protocol::Tcp), (3, Protocol::Udp)];
+        let expected = [(dns, 1, Protocol::Udp), (old, 2, Protocol::Tcp), (old, 3, Protocol::Udp)];
         assert_eq!(reached(&slots, &endpoints).backends, backends(&expected));
     }
 

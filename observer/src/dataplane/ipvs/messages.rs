@@ -5,8 +5,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::super::nft::attributes::{MESSAGE_HEADER_BYTES, Malformed, fields};
-use crate::dataplane::xt;
-use crate::facts::Protocol;
+use crate::dataplane::{names, xt};
+use crate::facts::{Protocol, ServiceName};
 
 /// Length of `genlmsghdr`: command, version, two bytes of nothing.
 const GENERIC_HEADER_BYTES: usize = 4;
@@ -31,6 +31,8 @@ const DESTINATION: u16 = 2;
 mod service {
     pub(super) const FAMILY: usize = 1;
     pub(super) const PROTOCOL: usize = 2;
+    pub(super) const ADDRESS: usize = 3;
+    pub(super) const PORT: usize = 4;
     /// The last of those that name a service: family, protocol, address, port, firewall mark.
     pub(super) const MARK: usize = 5;
 }
@@ -50,8 +52,9 @@ const AF_INET6: u16 = 10;
 /// One virtual service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Service {
-    /// `None` when it is chosen by firewall mark, or has a protocol without ports.
-    pub(super) protocol: Option<Protocol>,
+    /// What clients connect to; `None` when it is chosen by firewall mark, or has a protocol
+    /// without ports.
+    pub(super) front_end: Option<(Protocol, ServiceName)>,
     family: u16,
     /// The attributes that name it in a request, as the kernel wrote them.
     key: Vec<u8>,
@@ -101,8 +104,12 @@ impl Service {
         let nested = inner(payload, SERVICE)?;
         let fields: [Option<&[u8]>; service::MARK + 1] = fields(nested)?;
         let family = u16_in(fields[service::FAMILY])?;
-        let protocol = match fields[service::PROTOCOL] {
-            Some(number) => protocol(u16_in(Some(number))?),
+        let front_end = match fields[service::PROTOCOL] {
+            Some(number) => {
+                let address = address(family, fields[service::ADDRESS])?;
+                let name = names::of_front_end(address, port(fields[service::PORT])?);
+                protocol(u16_in(Some(number))?).map(|protocol| (protocol, name))
+            }
             None if fields[service::MARK].is_some() => None,
             None => return Err(Malformed),
         };
@@ -112,7 +119,7 @@ impl Service {
                 key.extend(attribute(kind, value));
             }
         }
-        Ok(Self { protocol, family, key })
+        Ok(Self { front_end, family, key })
     }
 }
 
@@ -124,11 +131,10 @@ impl Destination {
             Some(family) => u16_in(Some(family))?,
             None => service.family,
         };
-        let port = fields[destination::PORT].ok_or(Malformed)?.try_into();
         let weight = fields[destination::WEIGHT].ok_or(Malformed)?.try_into();
         Ok(Self {
-            address: address(family, fields[destination::ADDRESS].ok_or(Malformed)?)?,
-            port: port.map(u16::from_be_bytes).ok().ok_or(Malformed)?,
+            address: address(family, fields[destination::ADDRESS])?,
+            port: port(fields[destination::PORT])?,
             weight: weight.map(u32::from_ne_bytes).ok().ok_or(Malformed)?,
         })
     }
@@ -148,13 +154,17 @@ fn inner(payload: &[u8], kind: u16) -> Result<&[u8], Malformed> {
 }
 
 /// `union nf_inet_addr`: 16 bytes, of which IPv4 uses the first 4.
-fn address(family: u16, bytes: &[u8]) -> Result<IpAddr, Malformed> {
-    let bytes: [u8; 16] = bytes.try_into().ok().ok_or(Malformed)?;
+fn address(family: u16, bytes: Option<&[u8]>) -> Result<IpAddr, Malformed> {
+    let bytes: [u8; 16] = bytes.ok_or(Malformed)?.try_into().ok().ok_or(Malformed)?;
     match family {
         AF_INET => Ok(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into()),
         AF_INET6 => Ok(Ipv6Addr::from(bytes).into()),
         _ => Err(Malformed),
     }
+}
+
+fn port(bytes: Option<&[u8]>) -> Result<u16, Malformed> {
+    bytes.ok_or(Malformed)?.try_into().map(u16::from_be_bytes).ok().ok_or(Malformed)
 }
 
 fn protocol(number: u16) -> Option<Protocol> {
@@ -205,10 +215,14 @@ mod tests {
         answer(DESTINATION, &attributes)
     }
 
+    fn front_end(service: &Service) -> Option<(Protocol, String)> {
+        service.front_end.as_ref().map(|(protocol, name)| (*protocol, name.to_string()))
+    }
+
     #[test]
     fn a_service_is_asked_about_by_what_names_it() {
         let service = Service::read(&service_answer(TCP)).expect("whole");
-        assert_eq!(service.protocol, Some(Protocol::Tcp));
+        assert_eq!(front_end(&service), Some((Protocol::Tcp, "10.244.0.18:80".to_owned())));
         let scheduler = attribute(6, b"rr\0");
         let whole = service_answer(TCP);
         assert_eq!(service.key, whole[8..whole.len() - scheduler.len()]);
@@ -223,10 +237,10 @@ mod tests {
             [(UDP, Some(Protocol::Udp)), (SCTP, Some(Protocol::Sctp)), (50, None)]
         {
             let service = Service::read(&service_answer(number)).expect("whole");
-            assert_eq!(service.protocol, expected);
+            assert_eq!(front_end(&service).map(|(protocol, _)| protocol), expected);
         }
         let marked = answer(SERVICE, &[(1, &AF_INET.to_ne_bytes()), (5, &7_u32.to_ne_bytes())]);
-        assert_eq!(Service::read(&marked).map(|service| service.protocol), Ok(None));
+        assert_eq!(Service::read(&marked).map(|service| service.front_end), Ok(None));
         let nothing = answer(SERVICE, &[(1, &AF_INET.to_ne_bytes())]);
         assert_eq!(Service::read(&nothing), Err(Malformed));
     }

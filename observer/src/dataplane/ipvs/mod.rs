@@ -4,17 +4,19 @@
 //! kube-proxy does. Not from `/proc/net/ip_vs`: up to Linux 6.18 at least that leaves out services
 //! as soon as another network namespace has some (138 of 200 were seen). The kernel says nothing of
 //! changes; a kernel program reports the calls that make them. Refuses to guess: which Service a
-//! virtual service is of, IPVS does not say.
+//! virtual service is of, IPVS does not say, only at which front end.
 
 mod messages;
 mod netlink;
 
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::sync::Arc;
 
+use anyhow::Context as _;
+
 use super::Counters;
-use super::nft::attributes::{Malformed, frames};
+use super::nft::attributes::frames;
 use super::reach::Reached;
 use crate::facts::Backend;
 use messages::{Destination, Service};
@@ -27,14 +29,22 @@ const HEADER_LINES: usize = 3;
 /// What one read of such a file gives at most: a page.
 const PAGE_BYTES: usize = 4096;
 
-/// Whether this thread's network namespace has a virtual service. Reads one page, however many
-/// there are.
+/// Whether this thread's network namespace is seen to have a virtual service. Reads one page,
+/// however many there are.
 #[must_use]
 pub fn ipvs_in_use() -> bool {
-    let Ok(mut file) = File::open(PATH) else { return false };
+    lists_services(PATH).unwrap_or(false)
+}
+
+/// Without the module there is no such file.
+fn lists_services(path: &str) -> io::Result<bool> {
+    let mut file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        file => file?,
+    };
     let mut page = [0; PAGE_BYTES];
-    let read = file.read(&mut page).unwrap_or(0);
-    page[..read].split_inclusive(|byte| *byte == b'\n').count() > HEADER_LINES
+    let read = file.read(&mut page)?;
+    Ok(page[..read].split_inclusive(|byte| *byte == b'\n').count() > HEADER_LINES)
 }
 
 /// All virtual services of a network namespace.
@@ -63,10 +73,10 @@ impl Reader {
     /// or destination that comes or goes meanwhile may make it pass over others.
     ///
     /// # Errors
-    /// When `CAP_NET_ADMIN` is missing.
+    /// When `CAP_NET_ADMIN` is missing, a message is not understood, or `/proc` cannot be read.
     pub fn read(&self) -> anyhow::Result<Table> {
         // To ask for the family of a module that is not loaded would load it.
-        if !ipvs_in_use() {
+        if !lists_services(PATH).with_context(|| format!("read {PATH}"))? {
             return Ok(Table::default());
         }
         let mut conversation = Conversation::open(&self.counters)?;
@@ -82,34 +92,25 @@ impl Reader {
 }
 
 /// The table in recorded answers, without a socket: services, each followed by its destinations.
-/// What is neither is counted.
-pub(crate) fn replay(answers: &[u8], counters: &Counters) -> Table {
+/// `None` when one is neither.
+pub(crate) fn replay(answers: &[u8]) -> Option<Table> {
     let mut table = Table::default();
     let mut last = None;
     for frame in frames(answers) {
-        let Ok(frame) = frame else {
-            counters.malformed.increase();
-            break;
-        };
+        let frame = frame.ok()?;
         if let Ok(service) = Service::read(frame.payload) {
             table.services += 1;
             last = Some(service);
-            continue;
-        }
-        let Some(service) = &last else {
-            counters.malformed.increase();
-            continue;
-        };
-        match Destination::read(frame.payload, service) {
-            Ok(destination) => table.take(service, &destination),
-            Err(Malformed) => counters.malformed.increase(),
+        } else {
+            let service = last.as_ref()?;
+            table.take(service, &Destination::read(frame.payload, service).ok()?);
         }
     }
-    table.complete()
+    Some(table.complete())
 }
 
 impl Table {
-    /// Once all destinations are taken: sent to by one virtual service is sent to.
+    /// Once all destinations are taken: sent to at one address of a node port is sent to.
     fn complete(mut self) -> Self {
         let Reached { backends, draining, .. } = &mut self.reached;
         draining.retain(|backend| !backends.contains(backend));
@@ -119,14 +120,26 @@ impl Table {
     fn take(&mut self, service: &Service, destination: &Destination) {
         let Destination { address, port, weight } = *destination;
         let reached = &mut self.reached;
-        match service.protocol {
-            Some(protocol) if port != 0 => {
-                let backend = Backend { service: None, protocol, address, port };
+        match &service.front_end {
+            Some((protocol, name)) if port != 0 => {
+                let (service, protocol) = (Some(name.clone()), *protocol);
+                let backend = Backend { service, protocol, address, port };
                 let set = if weight > 0 { &mut reached.backends } else { &mut reached.draining };
                 set.insert(backend);
             }
             // By firewall mark, or to the port the connection had: it does not tell what is sent.
             _ => reached.unresolved += usize::from(weight > 0),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_that_cannot_be_looked_at_is_not_taken_for_none() {
+        assert!(!lists_services("/proc/none").expect("no module"));
+        assert!(lists_services("/proc").is_err(), "not a file");
     }
 }

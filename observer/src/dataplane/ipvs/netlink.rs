@@ -65,7 +65,7 @@ impl<'c> Conversation<'c> {
         })
     }
 
-    /// Sends a request and reads the messages of the answer; those that cannot be are counted.
+    /// Sends a request and reads the messages of the answer.
     fn ask<T>(
         &mut self,
         flags: u16,
@@ -83,35 +83,157 @@ impl<'c> Conversation<'c> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 datagram => datagram.context("read the kernel's IPVS services")?,
             };
-            for frame in frames(datagram) {
-                let Ok(frame) = frame else {
-                    self.counters.malformed.increase();
-                    break;
-                };
-                if frame.sequence != self.sequence {
-                    continue;
-                }
-                if matches!(frame.kind, ERROR | DONE) {
-                    return fault(&frame).map(|()| answer);
-                }
-                match read(frame.payload) {
-                    Ok(item) => answer.push(item),
-                    Err(Malformed) => self.counters.malformed.increase(),
-                }
-                if flags == ONE {
+            match take(datagram, self.sequence, &read, &mut answer) {
+                Ok(is_over) if is_over || (flags == ONE && !answer.is_empty()) => {
                     return Ok(answer);
+                }
+                Ok(_) => {}
+                Err(fault) => {
+                    if fault == Fault::Malformed {
+                        self.counters.malformed.increase();
+                    }
+                    return Err(fault.into());
                 }
             }
         }
     }
 }
 
+/// Why an answer cannot be used.
+#[derive(Debug, PartialEq, Eq)]
+enum Fault {
+    /// It is not what the kernel writes.
+    Malformed,
+    /// The kernel says so.
+    Refused(Errno),
+}
+
+impl From<Malformed> for Fault {
+    fn from(_: Malformed) -> Self {
+        Self::Malformed
+    }
+}
+
+impl From<Fault> for anyhow::Error {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Malformed => anyhow!(
+                "the kernel's IPVS services are not understood: they stay unknown with this kernel"
+            ),
+            Fault::Refused(Errno::EPERM) => {
+                anyhow!("cannot read IPVS services: CAP_NET_ADMIN is missing")
+            }
+            Fault::Refused(error) => {
+                Self::new(error).context("the kernel cannot tell its IPVS services")
+            }
+        }
+    }
+}
+
+/// Takes in the messages of a datagram that answer the request of this number; whether they end the
+/// answer. One that is not understood fails it all: what is passed over would count as removed.
+fn take<T>(
+    datagram: &[u8],
+    sequence: u32,
+    read: impl Fn(&[u8]) -> Result<T, Malformed>,
+    answer: &mut Vec<T>,
+) -> Result<bool, Fault> {
+    for frame in frames(datagram) {
+        let frame = frame?;
+        if frame.sequence != sequence {
+            continue;
+        }
+        if matches!(frame.kind, ERROR | DONE) {
+            return end(&frame).map(|()| true);
+        }
+        answer.push(read(frame.payload)?);
+    }
+    Ok(false)
+}
+
 /// Both ends of an answer begin with a negative errno, 0 when it is whole.
-fn fault(frame: &Frame<'_>) -> anyhow::Result<()> {
-    let code = frame.payload.first_chunk().map_or(0, |&code| i32::from_ne_bytes(code));
-    match Errno::from_raw(code.wrapping_neg()) {
-        _ if code == 0 => Ok(()),
-        Errno::EPERM => Err(anyhow!("cannot read IPVS services: CAP_NET_ADMIN is missing")),
-        error => Err(error).context("the kernel cannot tell its IPVS services"),
+fn end(frame: &Frame<'_>) -> Result<(), Fault> {
+    match i32::from_ne_bytes(*frame.payload.first_chunk().ok_or(Malformed)?) {
+        0 => Ok(()),
+        code => Err(Fault::Refused(Errno::from_raw(code.wrapping_neg()))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SEQUENCE: u32 = 7;
+    const ITEM: u16 = 35;
+
+    fn frame(kind: u16, sequence: u32, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(16 + payload.len()).expect("short");
+        let mut bytes = length.to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend([2, 0]);
+        bytes.extend(sequence.to_ne_bytes());
+        bytes.extend([0; 4]);
+        bytes.extend(payload);
+        bytes
+    }
+
+    fn end_with(kind: u16, code: i32) -> Vec<u8> {
+        frame(kind, SEQUENCE, &code.to_ne_bytes())
+    }
+
+    /// What is read of one datagram whose items are of four bytes that begin with 1.
+    fn taken(frames: &[Vec<u8>]) -> Result<(bool, Vec<u8>), Fault> {
+        let read = |payload: &[u8]| match *payload {
+            [1, _, _, last] => Ok(last),
+            _ => Err(Malformed),
+        };
+        let mut answer = Vec::new();
+        let is_over = take(&frames.concat(), SEQUENCE, read, &mut answer)?;
+        Ok((is_over, answer))
+    }
+
+    fn item(last: u8) -> Vec<u8> {
+        frame(ITEM, SEQUENCE, &[1, 0, 0, last])
+    }
+
+    #[test]
+    fn an_answer_goes_on_until_it_is_said_to_be_whole() {
+        let stale = frame(ITEM, SEQUENCE - 1, &[9; 4]);
+        assert_eq!(taken(&[item(1), stale, item(2)]), Ok((false, vec![1, 2])));
+        assert_eq!(taken(&[item(3), end_with(DONE, 0)]), Ok((true, vec![3])));
+    }
+
+    #[test]
+    fn one_entry_that_is_not_understood_fails_the_whole_reading() {
+        let strange = frame(ITEM, SEQUENCE, &[2, 0, 0, 1]);
+        let short = frame(ITEM, SEQUENCE, &[]);
+        for broken in [strange, short] {
+            let answer = [item(1), broken, item(2), end_with(DONE, 0)];
+            assert_eq!(taken(&answer), Err(Fault::Malformed));
+        }
+    }
+
+    #[test]
+    fn an_answer_cut_within_a_message_fails_and_between_two_is_not_whole() {
+        let whole = [item(1), item(2), end_with(DONE, 0)].concat();
+        for end in 0..whole.len() {
+            let expected = match end {
+                0 => Ok((false, vec![])),
+                20 => Ok((false, vec![1])),
+                40 => Ok((false, vec![1, 2])),
+                _ => Err(Fault::Malformed),
+            };
+            assert_eq!(taken(&[whole[..end].to_vec()]), expected, "{end}");
+        }
+        assert_eq!(taken(&[frame(DONE, SEQUENCE, &[])]), Err(Fault::Malformed));
+    }
+
+    #[test]
+    fn an_errno_at_either_end_fails_and_says_what_is_missing() {
+        let error = taken(&[item(1), end_with(DONE, -4)]).expect_err("it was interrupted");
+        assert_eq!(error, Fault::Refused(Errno::EINTR));
+        let error = taken(&[end_with(ERROR, -1)]).expect_err("not permitted");
+        let words = anyhow::Error::from(error).to_string();
+        assert!(words.contains("CAP_NET_ADMIN is missing"), "{words}");
     }
 }

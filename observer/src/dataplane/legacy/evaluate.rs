@@ -13,7 +13,7 @@ use super::chains::{Chains, Named, To, index};
 use super::order::Order;
 use crate::dataplane::reach::Reached;
 use crate::dataplane::rules::Family;
-use crate::facts::{Backend, Protocol, ServicePort};
+use crate::facts::{Backend, Protocol, ServiceName, ServicePort};
 
 /// What a table does.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -110,7 +110,7 @@ impl<'d> Found<'d> {
             destinations.extend(run.iter().map(|(_, destination)| destination));
         }
         let of_service = |(service, mut destinations): (Option<&str>, Vec<Destination>)| {
-            let service = service.map(|service| ServicePort(service.into()));
+            let service = service.map(|service| ServiceName::Port(ServicePort(service.into())));
             destinations.sort_unstable();
             destinations.into_iter().map(move |(protocol, address, port)| Backend {
                 service: service.clone(),
@@ -179,7 +179,8 @@ mod tests {
             panic!("one backend: {reached:?}")
         };
         assert_eq!((backend.address, backend.port), (POD.0.into(), POD.1));
-        assert_eq!(backend.service.as_ref().map(|service| &*service.0), Some("ns/web:http"));
+        let service = backend.service.as_ref().map(ServiceName::to_string);
+        assert_eq!(service.as_deref(), Some("ns/web:http"));
         assert!(is_kube_proxys);
     }
 
@@ -201,7 +202,9 @@ mod tests {
         let other = Row { does: Does::Send([(POD.0, 81); 2]), ..send_tcp() };
         let reached = evaluated(&with(vec![send_tcp(), other], vec![])).expect("a table").reached;
         let names: Vec<_> = reached.backends.iter().flat_map(|backend| &backend.service).collect();
-        let [one, another] = names[..] else { panic!("two backends: {reached:?}") };
+        let [ServiceName::Port(one), ServiceName::Port(another)] = names[..] else {
+            panic!("two backends: {reached:?}")
+        };
         assert!(std::sync::Arc::ptr_eq(&one.0, &another.0));
     }
 

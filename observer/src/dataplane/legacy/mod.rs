@@ -30,20 +30,26 @@ use sockopt::Copied;
 /// most a few times per second.
 const ATTEMPTS: usize = 10;
 
-/// Whether a legacy nat table exists in this thread's network namespace. Reads two small files.
+/// Whether a legacy nat table is seen in this thread's network namespace. Reads two small files.
 #[must_use]
 pub fn legacy_tables_in_use() -> bool {
-    [Family::V4, Family::V6].into_iter().any(exists)
+    [Family::V4, Family::V6].into_iter().any(|family| lists_nat(names(family)).unwrap_or(false))
 }
 
-fn exists(family: Family) -> bool {
-    // Not /proc/net: that is the main thread's.
-    let path = match family {
+/// Where the kernel lists its tables. Not /proc/net: that is the main thread's.
+fn names(family: Family) -> &'static str {
+    match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
         Family::V6 => "/proc/thread-self/net/ip6_tables_names",
-    };
-    // No such file: this kernel has no legacy tables.
-    fs::read_to_string(path).is_ok_and(|names| names.lines().any(|name| name == "nat"))
+    }
+}
+
+/// A kernel without legacy tables has no such file.
+fn lists_nat(path: &str) -> io::Result<bool> {
+    match fs::read_to_string(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        names => Ok(names?.lines().any(|name| name == "nat")),
+    }
 }
 
 /// A legacy nat table as the kernel hands it out: its `ipt_getinfo` and its entries.
@@ -91,9 +97,11 @@ impl Reader {
     /// namespace it was opened in. Blocks for as long as the kernel copies.
     ///
     /// # Errors
-    /// When `CAP_NET_ADMIN` is missing, the table cannot be understood, or it changes all the time.
+    /// When `CAP_NET_ADMIN` is missing, the table cannot be understood, it changes all the time, or
+    /// `/proc` cannot be read.
     pub fn read(&self) -> anyhow::Result<Reading> {
-        if !exists(self.family) {
+        let path = names(self.family);
+        if !lists_nat(path).with_context(|| format!("read {path}"))? {
             return Ok(Reading::default());
         }
         for _ in 0..ATTEMPTS {
@@ -113,5 +121,16 @@ impl Reader {
             .ok()
             .context("the legacy nat table is not laid out as expected")?;
         Ok(Reading { evaluated, size_bytes: copied.entries().len() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_that_cannot_be_looked_for_is_not_taken_for_none() {
+        assert!(!lists_nat("/proc/none").expect("no legacy tables"));
+        assert!(lists_nat("/proc").is_err(), "not a file");
     }
 }
