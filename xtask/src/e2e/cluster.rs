@@ -1,0 +1,83 @@
+//! The whole cluster, started in order and removed when dropped.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+
+use super::binaries::Binaries;
+use super::control_plane::ControlPlane;
+use super::network::Network;
+use super::proxy::Dataplane;
+use super::{manifest, node, proxy};
+use crate::lab::agent::{self, Agent};
+use crate::lab::daemon::Daemon;
+use crate::lab::leftovers::Claim;
+use crate::lab::run_ahead_of_others;
+
+/// A running cluster with an agent on each node.
+#[derive(Debug)]
+pub(crate) struct Cluster {
+    /// In the order of the network's nodes.
+    pub(crate) agents: Vec<Agent>,
+    _proxies: Vec<Daemon>,
+    pub(crate) control_plane: ControlPlane,
+    pub(crate) network: Arc<Network>,
+    /// Last: its removal needs the others to have let go.
+    _claim: Claim,
+}
+
+impl Cluster {
+    /// Starts all parts and waits until each is ready. Waits for any other lab to end first.
+    ///
+    /// # Errors
+    /// Without root, when a tool is missing, or when a part does not start.
+    pub(crate) fn start(
+        binaries: &Binaries,
+        dataplane: Dataplane,
+        observer: &Path,
+    ) -> Result<Self> {
+        let claim = Claim::take()?;
+        run_ahead_of_others()?;
+        let directory = claim.directory();
+        let network = Arc::new(Network::build()?);
+        let control_plane = ControlPlane::start(binaries, &network.control, directory)
+            .context("cannot start the control plane")?;
+        manifest::apply(&control_plane.admin)?;
+        let kubeconfig = directory.join("kube-proxy.kubeconfig");
+        control_plane.server.write_kubeconfig(&kubeconfig, &control_plane.proxy.token)?;
+        let mut proxies = Vec::new();
+        for (node, kubelet) in network.nodes.iter().zip(&control_plane.kubelets) {
+            let kubelet = control_plane.api(&kubelet.token, &node.namespace)?;
+            node::register(&kubelet, node).context("cannot register a node")?;
+            proxies.push(proxy::start(binaries, node, dataplane, &kubeconfig, directory)?);
+        }
+        let agents = start_agents(&control_plane, &network, &claim, observer)?;
+        Ok(Self { agents, _proxies: proxies, control_plane, network, _claim: claim })
+    }
+}
+
+/// An agent on each node, as the service account that `deploy/` gives it.
+fn start_agents(
+    control_plane: &ControlPlane,
+    network: &Network,
+    claim: &Claim,
+    program: &Path,
+) -> Result<Vec<Agent>> {
+    let (namespace, account) = manifest::ACCOUNT;
+    let directory = claim.directory();
+    let start = |node: &super::network::Node| {
+        let token = control_plane.admin.service_account_token(namespace, account)?;
+        let kubeconfig = directory.join(format!("observer-{}.kubeconfig", node.name));
+        control_plane.server.write_kubeconfig(&kubeconfig, &token)?;
+        Agent::start(agent::Options {
+            program,
+            node: &node.namespace,
+            node_name: node.name,
+            kubeconfig: &kubeconfig,
+            cgroup_root: &claim.cgroup_root(),
+            log: directory.join(format!("observer-{}.log", node.name)),
+        })
+    };
+    network.nodes.iter().map(start).collect()
+}
