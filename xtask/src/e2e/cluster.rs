@@ -1,15 +1,18 @@
 //! The whole cluster, started in order and removed when dropped.
 
+use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use super::access::Identity;
 use super::binaries::Binaries;
 use super::control_plane::ControlPlane;
+use super::kubelet::{CgroupLayout, Kubelet, KubeletOptions};
 use super::network::Network;
 use super::proxy::Dataplane;
-use super::{manifest, node, proxy};
+use super::{manifest, proxy};
 use crate::lab::agent::{self, Agent};
 use crate::lab::daemon::Daemon;
 use crate::lab::leftovers::Claim;
@@ -21,6 +24,8 @@ pub(crate) struct Cluster {
     /// In the order of the network's nodes.
     pub(crate) agents: Vec<Agent>,
     _proxies: Vec<Daemon>,
+    /// In the order of the network's nodes.
+    pub(crate) kubelets: Vec<Kubelet>,
     pub(crate) control_plane: ControlPlane,
     pub(crate) network: Arc<Network>,
     /// Last: its removal needs the others to have let go.
@@ -36,6 +41,7 @@ impl Cluster {
         binaries: &Binaries,
         dataplane: Dataplane,
         observer: &Path,
+        pod_program: &Path,
     ) -> Result<Self> {
         let claim = Claim::take()?;
         run_ahead_of_others()?;
@@ -46,15 +52,37 @@ impl Cluster {
         manifest::apply(&control_plane.admin)?;
         let kubeconfig = directory.join("kube-proxy.kubeconfig");
         control_plane.server.write_kubeconfig(&kubeconfig, &control_plane.proxy.token)?;
+        let kubelets = start_kubelets(&control_plane, &network, &claim, pod_program)?;
         let mut proxies = Vec::new();
-        for (node, kubelet) in network.nodes.iter().zip(&control_plane.kubelets) {
-            let kubelet = control_plane.api(&kubelet.token, &node.namespace)?;
-            node::register(&kubelet, node).context("cannot register a node")?;
+        for node in &network.nodes {
             proxies.push(proxy::start(binaries, node, dataplane, &kubeconfig, directory)?);
         }
         let agents = start_agents(&control_plane, &network, &claim, observer)?;
-        Ok(Self { agents, _proxies: proxies, control_plane, network, _claim: claim })
+        Ok(Self { agents, _proxies: proxies, kubelets, control_plane, network, _claim: claim })
     }
+}
+
+/// A kubelet for each node, each as its own identity and over its own cgroups.
+fn start_kubelets(
+    control_plane: &ControlPlane,
+    network: &Arc<Network>,
+    claim: &Claim,
+    pod_program: &Path,
+) -> Result<Vec<Kubelet>> {
+    let start = |(index, identity): (usize, &Identity)| {
+        let node = &network.nodes[index];
+        let cgroup_root = claim.cgroup_root().join(node.name);
+        fs::create_dir_all(&cgroup_root).context("cannot make a node's cgroup")?;
+        Kubelet::start(KubeletOptions {
+            api: control_plane.api(&identity.token, &node.namespace)?,
+            network: Arc::clone(network),
+            node: index,
+            pod_program: pod_program.to_owned(),
+            cgroup_root,
+            cgroup_layout: CgroupLayout::Systemd,
+        })
+    };
+    control_plane.kubelets.iter().enumerate().map(start).collect()
 }
 
 /// An agent on each node, as the service account that `deploy/` gives it.
@@ -75,7 +103,7 @@ fn start_agents(
             node: &node.namespace,
             node_name: node.name,
             kubeconfig: &kubeconfig,
-            cgroup_root: &claim.cgroup_root(),
+            cgroup_root: &claim.cgroup_root().join(node.name),
             log: directory.join(format!("observer-{}.log", node.name)),
         })
     };

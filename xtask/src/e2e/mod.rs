@@ -6,9 +6,10 @@
 //! - `binaries` Kubernetes' programs, compiled once
 //! - `network` the nodes, in namespaces without a way out
 //! - `access`, `api`, `control_plane` the API server, who may do what there, and a client of it
-//! - `node`, `proxy` what makes the namespaces nodes
+//! - [`kubelet`], `proxy` what makes the namespaces nodes; `follow` how the API is followed
 //! - `manifest` what `deploy/` asks of a cluster
 //! - `cluster` all of it
+//! - [`watcher`] what the agents' figures are compared with
 //!
 //! It refuses to run beside a lab, without root, or after one whose remains it cannot remove.
 
@@ -19,11 +20,15 @@ mod binaries;
 #[allow(dead_code, reason = "the scenarios will use all of it")]
 mod cluster;
 mod control_plane;
+mod follow;
+#[allow(dead_code, reason = "the scenarios will use all of it")]
+pub mod kubelet;
 mod manifest;
 #[allow(dead_code, reason = "the kubelets and the scenarios will use all of it")]
 pub(crate) mod network;
-mod node;
 mod proxy;
+#[allow(dead_code, reason = "the scenarios will use all of it")]
+pub mod watcher;
 
 use std::path::PathBuf;
 
@@ -72,7 +77,7 @@ pub fn run(args: &Args) -> Result<()> {
     let dataplanes = args.dataplane.map_or(Dataplane::ALL.to_vec(), |only| vec![only]);
     for dataplane in dataplanes {
         let started = step::now();
-        let _cluster = Cluster::start(&binaries, dataplane, &observer)?;
+        let _cluster = Cluster::start(&binaries, dataplane, &observer, &this_program)?;
         let name = dataplane.name();
         let seconds = started.elapsed().as_secs_f64();
         step::say(&format!("e2e: {name}: the cluster and both agents are ready ({seconds:.1} s)"));

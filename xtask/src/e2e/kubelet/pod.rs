@@ -1,0 +1,466 @@
+//! The life of one pod, on a thread of its own: start, restarts, end.
+//!
+//! Whatever happens comes as a note in one channel, so that nothing is missed while it waits for
+//! something else.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+
+use super::probe::Prober;
+use super::sandbox::Sandbox;
+use super::spec::{Deletion, Identity, PodSpec, RestartPolicy};
+use super::status::{Phase, State, Status, Terminated};
+use super::truth::Life;
+use super::{Shared, is_gone, lock};
+use crate::e2e::api::Patch;
+use crate::lab::clock;
+use crate::lab::container::{Container, Event, Exit, Process};
+use crate::lab::kubelet::{
+    FORCED_GRACE, LEAST_GRACE, REACTION, REMOVAL_PAUSE, SIGKILL_LIMIT, STATUS_PAUSE, random_uuid,
+};
+
+/// Before the second restart, doubled for each further one: a kubelet with the feature gate
+/// `ReduceDefaultCrashLoopBackOffDecay`. Without it they are 10 s and 300 s: a test would wait.
+const FIRST_BACK_OFF: Duration = Duration::from_secs(1);
+const LONGEST_BACK_OFF: Duration = Duration::from_mins(1);
+/// How often a pod that waits for an address looks whether it is free.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// What a pod's thread is told.
+#[derive(Debug)]
+pub(super) enum Note {
+    /// The watch shows a deletion request, since a moment.
+    Deletion(Deletion, u64),
+    /// The watch shows that the object is gone, since a moment.
+    Vanished(u64),
+    /// The process ended.
+    Exited(Exit),
+    /// The readiness of a run (by its number) changed.
+    Ready(u32, bool),
+    /// The kubelet stops.
+    Stop,
+}
+
+/// Why a pod's life ends.
+enum End {
+    /// On request, with the grace left from a moment on.
+    Deleted(Deletion, u64),
+    /// By force: there is no object any more.
+    Vanished,
+    Stopped,
+}
+
+/// A pod and all that belongs to it.
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    identity: Identity,
+    spec: PodSpec,
+    status: Status,
+    teller: SyncSender<Note>,
+    notes: Receiver<Note>,
+    sandbox: Option<Sandbox>,
+    container: Option<Arc<Container>>,
+    prober: Option<Prober>,
+    /// Once it is to end: when SIGKILL is due.
+    kill_ns: u64,
+    /// Nobody is there to read its status.
+    gone: bool,
+}
+
+impl Worker {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        identity: Identity,
+        spec: PodSpec,
+        teller: SyncSender<Note>,
+        notes: Receiver<Note>,
+    ) -> Self {
+        let status = Status::new(shared.node().addresses, clock::wall_seconds());
+        let life = Life {
+            namespace: identity.namespace.clone(),
+            name: identity.name.clone(),
+            node: shared.node().name.to_owned(),
+            port: spec.port,
+            host_network: spec.host_network,
+            ..Life::default()
+        };
+        lock(&shared.lives).insert(identity.uid.clone(), life);
+        Self {
+            shared,
+            identity,
+            spec,
+            status,
+            teller,
+            notes,
+            sandbox: None,
+            container: None,
+            prober: None,
+            kill_ns: u64::MAX,
+            gone: false,
+        }
+    }
+
+    /// From here to the removal of the object.
+    pub(super) fn run(mut self) {
+        let outcome = self.live().and_then(|end| self.end(&end));
+        let cleared = self.clear();
+        if let Err(error) = outcome.and(cleared) {
+            let Identity { namespace, name, .. } = &self.identity;
+            self.shared.fail(&error.context(format!("pod {namespace}/{name}")));
+        }
+    }
+
+    fn live(&mut self) -> Result<End> {
+        self.report()?;
+        if let Some(end) = self.attach()? {
+            return Ok(end);
+        }
+        self.start_container()?;
+        let mut restart_ns = None;
+        loop {
+            match self.next(restart_ns.unwrap_or(u64::MAX)) {
+                None => {
+                    restart_ns = None;
+                    self.restart()?;
+                }
+                Some(Note::Exited(exit)) => restart_ns = self.exited_alive(exit)?,
+                Some(Note::Ready(run, ready)) => self.readiness(run, ready)?,
+                Some(other) => {
+                    if let Some(end) = end_by(&other) {
+                        return Ok(end);
+                    }
+                }
+            }
+        }
+    }
+
+    fn end(&mut self, end: &End) -> Result<()> {
+        match *end {
+            End::Deleted(deletion, seen_ns) => self.terminate(deletion, seen_ns),
+            End::Vanished => {
+                std::thread::sleep(REACTION);
+                self.kill_ns = clock::boot_ns() + clock::nanos(FORCED_GRACE);
+                self.stop_container()
+            }
+            End::Stopped => Ok(()),
+        }
+    }
+
+    /// The next note, or `None` at `until_ns`. Deletions are recorded when they are first read.
+    fn next(&mut self, until_ns: u64) -> Option<Note> {
+        let left = Duration::from_nanos(until_ns.saturating_sub(clock::boot_ns()));
+        let note = match self.notes.recv_timeout(left) {
+            Ok(note) => note,
+            Err(RecvTimeoutError::Timeout) => return None,
+            // It holds a sender itself.
+            Err(RecvTimeoutError::Disconnected) => Note::Stop,
+        };
+        match note {
+            Note::Deletion(_, at_ns) => self.record(|life| {
+                life.deletion_seen_ns.get_or_insert(at_ns);
+            }),
+            Note::Vanished(at_ns) => {
+                self.gone = true;
+                self.record(|life| life.vanished_seen_ns = Some(at_ns));
+            }
+            Note::Exited(_) | Note::Ready(..) | Note::Stop => {}
+        }
+        Some(note)
+    }
+
+    /// Gives it its place; waits for the address that it asks for, unless its life ends before.
+    fn attach(&mut self) -> Result<Option<End>> {
+        loop {
+            if let Some(sandbox) = Sandbox::make(&self.shared, &self.identity, &self.spec)? {
+                let addresses = Some(sandbox.addresses);
+                self.record(|life| life.addresses = addresses);
+                self.status.addresses = addresses;
+                self.sandbox = Some(sandbox);
+                return Ok(None);
+            }
+            let note = self.next(clock::boot_ns() + clock::nanos(LOOK_AGAIN));
+            if let Some(end) = note.as_ref().and_then(end_by) {
+                return Ok(Some(end));
+            }
+        }
+    }
+
+    fn start_container(&mut self) -> Result<()> {
+        let sandbox = self.sandbox.as_ref().context("a pod without a place")?;
+        let id = format!("{}{}", random_uuid()?, random_uuid()?).replace('-', "");
+        let (started_ns, restarts) = (clock::boot_ns(), self.status.restarts);
+        self.record(|life| life.begin_run(started_ns, restarts));
+        let layout = self.shared.options.cgroup_layout;
+        let process = Process {
+            program: &self.shared.options.pod_program,
+            cgroup: &sandbox.cgroup.join(layout.container(&id)),
+            namespace: &sandbox.namespace,
+            name: &self.identity.name,
+            port: self.spec.port,
+            behaviour: self.spec.behaviour,
+        };
+        let (shared, uid) = (Arc::clone(&self.shared), self.identity.uid.clone());
+        let teller = self.teller.clone();
+        let container = Container::start(&process, move |event| {
+            if let Some(life) = lock(&shared.lives).get_mut(&uid) {
+                life.enter(event);
+            }
+            if let Event::Exited(_, exit) = event {
+                // A pod whose life is over needs no telling.
+                teller.send(Note::Exited(exit)).ok();
+            }
+        })?;
+        let pid = container.pid();
+        self.record(|life| life.pid = pid);
+        lock(&self.shared.containers).insert(self.identity.uid.clone(), Arc::clone(&container));
+        if let Some(delay) = self.spec.crash_after {
+            crash_later(Arc::clone(&container), started_ns + clock::nanos(delay));
+        }
+        self.container = Some(container);
+        self.status.container_id = Some(id);
+        self.status.phase = Phase::Running;
+        self.status.state = State::Running { since: clock::wall_seconds() };
+        self.status.ready = self.spec.probe.is_none();
+        self.start_probes();
+        self.report()
+    }
+
+    fn start_probes(&mut self) {
+        let (Some(probe), Some(addresses)) = (&self.spec.probe, self.status.addresses) else {
+            return;
+        };
+        let (teller, run) = (self.teller.clone(), self.status.restarts);
+        let tell = move |ready| {
+            // A pod whose life is over needs no telling.
+            teller.send(Note::Ready(run, ready)).ok();
+        };
+        let node = &self.shared.node().namespace;
+        self.prober = Some(Prober::start(node, addresses.v4.into(), probe.clone(), tell));
+    }
+
+    fn restart(&mut self) -> Result<()> {
+        if let State::Terminated(last) = &self.status.state {
+            self.status.last = Some(last.clone());
+        }
+        self.status.restarts += 1;
+        self.start_container()
+    }
+
+    /// The process ended though nobody asked it to; returns when to start it again.
+    fn exited_alive(&mut self, exit: Exit) -> Result<Option<u64>> {
+        let terminated = self.exited(exit);
+        let again = match self.spec.restart {
+            RestartPolicy::Always => true,
+            RestartPolicy::OnFailure => !terminated.succeeded(),
+            RestartPolicy::Never => false,
+        };
+        let pause = back_off(self.status.restarts);
+        if !again {
+            self.status.phase = final_phase(&terminated);
+        } else if !pause.is_zero() {
+            self.status.last = Some(terminated);
+            let message = format!("back-off {}s restarting failed container", pause.as_secs());
+            self.status.state = State::Waiting { reason: "CrashLoopBackOff", message };
+        }
+        self.report()?;
+        Ok(again.then(|| clock::boot_ns() + clock::nanos(pause)))
+    }
+
+    /// Enters the end of the process into the status.
+    fn exited(&mut self, exit: Exit) -> Terminated {
+        self.prober = None;
+        lock(&self.shared.containers).remove(&self.identity.uid);
+        let now = clock::wall_seconds();
+        let started = match self.status.state {
+            State::Running { since } => since,
+            _ => now,
+        };
+        let id = self.status.container_id.as_deref().unwrap_or_default();
+        let terminated = Terminated::new(exit, started, now, id);
+        self.status.state = State::Terminated(terminated.clone());
+        self.status.ready = false;
+        terminated
+    }
+
+    fn readiness(&mut self, run: u32, ready: bool) -> Result<()> {
+        if run != self.status.restarts || !self.is_running() {
+            return Ok(());
+        }
+        self.status.ready = ready;
+        self.report()
+    }
+
+    fn is_running(&self) -> bool {
+        matches!(self.status.state, State::Running { .. })
+    }
+
+    /// The recorded order: preStop, SIGTERM, SIGKILL; the place goes, then the final status is
+    /// written, then the object is removed.
+    fn terminate(&mut self, deletion: Deletion, seen_ns: u64) -> Result<()> {
+        self.kill_ns = seen_ns.saturating_add(clock::nanos(deletion.grace));
+        std::thread::sleep(REACTION);
+        if self.is_running() && !self.spec.pre_stop_sleep.is_zero() {
+            let over_ns = clock::boot_ns() + clock::nanos(self.spec.pre_stop_sleep);
+            self.pass(|worker| over_ns.min(worker.kill_ns))?;
+        }
+        if !self.gone {
+            self.kill_ns = self.kill_ns.max(clock::boot_ns() + clock::nanos(LEAST_GRACE));
+        }
+        self.stop_container()?;
+        self.detach()?;
+        std::thread::sleep(STATUS_PAUSE);
+        self.status.phase = match &self.status.state {
+            State::Terminated(terminated) => final_phase(terminated),
+            // It never ran, or was to be started again.
+            State::Waiting { .. } | State::Running { .. } => Phase::Failed,
+        };
+        self.report()?;
+        std::thread::sleep(REMOVAL_PAUSE);
+        if self.gone { Ok(()) } else { self.shared.remove(&self.identity) }
+    }
+
+    /// SIGTERM, and SIGKILL when it is due.
+    fn stop_container(&mut self) -> Result<()> {
+        let Some(container) = self.container.clone() else { return Ok(()) };
+        if self.is_running() {
+            let sent_ns = clock::boot_ns();
+            self.record(|life| life.sigterm_sent_ns = Some(sent_ns));
+            container.signal(Signal::SIGTERM);
+            self.pass(|worker| if worker.is_running() { worker.kill_ns } else { 0 })?;
+        }
+        if self.is_running() {
+            let sent_ns = clock::boot_ns();
+            self.record(|life| life.sigkill_sent_ns = Some(sent_ns));
+            container.signal(Signal::SIGKILL);
+            let limit_ns = sent_ns + clock::nanos(SIGKILL_LIMIT);
+            self.pass(|worker| if worker.is_running() { limit_ns } else { 0 })?;
+        }
+        if self.is_running() {
+            bail!("its process does not end by SIGKILL");
+        }
+        Ok(())
+    }
+
+    /// Takes notes until `until_ns` of itself, which each note can change.
+    fn pass(&mut self, until_ns: impl Fn(&Self) -> u64) -> Result<()> {
+        while let Some(note) = self.next(until_ns(self)) {
+            match note {
+                Note::Exited(exit) => {
+                    self.exited(exit);
+                }
+                Note::Ready(run, ready) => self.readiness(run, ready)?,
+                // A later request can only shorten the grace.
+                Note::Deletion(deletion, at_ns) => {
+                    let kill_ns = at_ns.saturating_add(clock::nanos(deletion.grace));
+                    self.kill_ns = self.kill_ns.min(kill_ns);
+                }
+                Note::Vanished(at_ns) => {
+                    self.kill_ns = self.kill_ns.min(at_ns + clock::nanos(FORCED_GRACE));
+                }
+                Note::Stop => self.kill_ns = 0,
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives its place back, once its process is gone.
+    fn detach(&mut self) -> Result<()> {
+        self.prober = None;
+        if let Some(container) = self.container.take()
+            && !container.wait_for_end(clock::boot_ns() + clock::nanos(SIGKILL_LIMIT))
+        {
+            bail!("its process does not end");
+        }
+        if let Some(sandbox) = self.sandbox.take() {
+            sandbox.remove(&self.shared)?;
+            let free_ns = clock::boot_ns();
+            self.record(|life| life.address_free_ns = Some(free_ns));
+        }
+        Ok(())
+    }
+
+    /// Whatever ended its life: no process stays.
+    fn clear(&mut self) -> Result<()> {
+        lock(&self.shared.containers).remove(&self.identity.uid);
+        if let Some(container) = &self.container {
+            container.signal(Signal::SIGKILL);
+        }
+        self.detach()
+    }
+
+    /// Writes the status, unless the object is gone.
+    fn report(&mut self) -> Result<()> {
+        if self.gone {
+            return Ok(());
+        }
+        let patch = self.status.patch(&self.identity, &self.spec, clock::wall_seconds());
+        let status = format!("{}/status", self.identity.path());
+        match self.shared.options.api.patch(&status, Patch::Strategic, &patch) {
+            Err(error) if is_gone(&error) => self.gone = true,
+            outcome => {
+                outcome?;
+            }
+        }
+        Ok(())
+    }
+
+    fn record(&self, entry: impl FnOnce(&mut Life)) {
+        if let Some(life) = lock(&self.shared.lives).get_mut(&self.identity.uid) {
+            entry(life);
+        }
+    }
+}
+
+fn end_by(note: &Note) -> Option<End> {
+    match *note {
+        Note::Deletion(deletion, at_ns) => Some(End::Deleted(deletion, at_ns)),
+        Note::Vanished(_) => Some(End::Vanished),
+        Note::Stop => Some(End::Stopped),
+        Note::Exited(_) | Note::Ready(..) => None,
+    }
+}
+
+fn final_phase(terminated: &Terminated) -> Phase {
+    if terminated.succeeded() { Phase::Succeeded } else { Phase::Failed }
+}
+
+/// The pause before the next restart: the first comes at once.
+fn back_off(restarts: u32) -> Duration {
+    let Some(doublings) = restarts.checked_sub(1) else { return Duration::ZERO };
+    let factor = 2_u32.checked_pow(doublings).unwrap_or(u32::MAX);
+    FIRST_BACK_OFF.saturating_mul(factor).min(LONGEST_BACK_OFF)
+}
+
+/// The process exits by itself, unless it has ended by then.
+fn crash_later(container: Arc<Container>, at_ns: u64) {
+    std::thread::spawn(move || {
+        if !container.wait_for_end(at_ns) {
+            // It may end just now.
+            container.command("crash").ok();
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_restart_comes_at_once_and_the_others_later_and_later() {
+        let seconds = [0, 1, 2, 3, 7, 8, 40].map(|restarts| back_off(restarts).as_secs());
+        assert_eq!(seconds, [0, 1, 2, 4, 60, 60, 60]);
+    }
+
+    #[test]
+    fn only_an_exit_code_of_zero_is_a_success() {
+        let phase = |exit| final_phase(&Terminated::new(exit, 1, 2, "id"));
+        assert_eq!(phase(Exit::Code(0)), Phase::Succeeded);
+        assert_eq!(phase(Exit::Code(1)), Phase::Failed);
+        assert_eq!(phase(Exit::Killed(Signal::SIGKILL)), Phase::Failed);
+        assert_eq!(phase(Exit::Unknown), Phase::Failed);
+    }
+}
