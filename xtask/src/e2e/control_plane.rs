@@ -90,8 +90,7 @@ impl ControlPlane {
 
         let etcd = start_etcd(&place)?;
         let mut api_server = start_api_server(&place)?;
-        let url = format!("https://{}:{PORT}", Network::control_address());
-        let server = Server { url, authority: place.certificate() };
+        let server = Server { url: url(PORT), authority: place.certificate() };
         let client = |url: &str| Api::open(url, &server.authority, &admin.token, namespace);
         api_server.wait_until(READY_LIMIT, || client(&server.url)?.health("/readyz").map(drop))?;
         let mut programs = [
@@ -101,7 +100,7 @@ impl ControlPlane {
             start_scheduler(&place, &server, &scheduler)?,
         ];
         for (program, port) in programs[2..].iter_mut().zip([CONTROLLERS_PORT, SCHEDULER_PORT]) {
-            let here = client(&format!("https://127.0.0.1:{port}"))?;
+            let here = client(&url(port))?;
             program.wait_until(READY_LIMIT, || here.health("/healthz").map(drop))?;
         }
         let admin = client(&server.url)?;
@@ -115,6 +114,11 @@ impl ControlPlane {
     pub(crate) fn api(&self, token: &str, namespace: &Namespace) -> Result<Api> {
         Api::open(&self.server.url, &self.server.authority, token, namespace)
     }
+}
+
+/// The address that the certificate is for.
+fn url(port: u16) -> String {
+    format!("https://{}:{port}", Network::control_address())
 }
 
 fn start_etcd(place: &Place<'_>) -> Result<Daemon> {

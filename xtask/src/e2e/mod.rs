@@ -8,7 +8,7 @@
 //! - `access`, `api`, `control_plane` the API server, who may do what there, and a client of it
 //! - [`kubelet`], `proxy` what makes the namespaces nodes; `follow` how the API is followed
 //! - `manifest` what `deploy/` asks of a cluster
-//! - `cluster` all of it
+//! - `cluster` all of it, `bring_up` whether it is one
 //! - [`watcher`] what the agents' figures are compared with
 //!
 //! It refuses to run beside a lab, without root, or after one whose remains it cannot remove.
@@ -17,6 +17,7 @@ mod access;
 #[allow(dead_code, reason = "the kubelets and the scenarios will use all of it")]
 pub(crate) mod api;
 mod binaries;
+mod bring_up;
 #[allow(dead_code, reason = "the scenarios will use all of it")]
 mod cluster;
 mod control_plane;
@@ -77,10 +78,13 @@ pub fn run(args: &Args) -> Result<()> {
     let dataplanes = args.dataplane.map_or(Dataplane::ALL.to_vec(), |only| vec![only]);
     for dataplane in dataplanes {
         let started = step::now();
-        let _cluster = Cluster::start(&binaries, dataplane, &observer, &this_program)?;
+        let cluster = Cluster::start(&binaries, dataplane, &observer, &this_program)?;
         let name = dataplane.name();
         let seconds = started.elapsed().as_secs_f64();
         step::say(&format!("e2e: {name}: the cluster and both agents are ready ({seconds:.1} s)"));
+        bring_up::check(&cluster.control_plane.admin, &cluster.network)
+            .with_context(|| format!("{name}: the cluster is none"))?;
+        step::say(&format!("e2e: {name}: a Service is reached over both nodes' rules"));
     }
     Ok(())
 }

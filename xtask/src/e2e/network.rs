@@ -59,6 +59,11 @@ impl Node {
         }
     }
 
+    /// The addresses of [`Node::client`].
+    pub(crate) fn client_addresses(&self) -> Addresses {
+        self.pod_addresses(CLIENT)
+    }
+
     /// Makes the namespace of its pod `number`, which no other pod of this run has, and connects
     /// it. A reused address moves to the new pod.
     pub(crate) fn add_pod(&self, number: u32, addresses: Addresses) -> Result<Namespace> {
@@ -84,7 +89,7 @@ impl Node {
         for (pods, via) in node.pod_cidrs().iter().zip(via) {
             control.ip(&format!("route add {pods} via {via} dev {name} onlink\n"))?;
         }
-        node.client = node.attach("client", node.pod_addresses(CLIENT))?;
+        node.client = node.attach("client", node.client_addresses())?;
         many_connections(&node.client)?;
         Ok(node)
     }

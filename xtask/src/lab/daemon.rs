@@ -17,6 +17,8 @@ use super::clock;
 use super::leftovers::making;
 use super::netns::Namespace;
 
+/// How much of a log an error shows: the last words before it ended or got stuck.
+const SHOWN_LINES: usize = 30;
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// Where clients' libraries look for a proxy: from inside the namespaces none can be reached.
 const PROXIES: [&str; 6] =
@@ -61,7 +63,7 @@ impl Daemon {
     /// Asks `ready` again and again until it agrees.
     ///
     /// # Errors
-    /// When the program ends, or the time does: the error has its log.
+    /// When the program ends, or the time does: the error has the end of its log.
     pub(crate) fn wait_until(
         &mut self,
         limit: Duration,
@@ -72,10 +74,10 @@ impl Daemon {
             let Err(error) = ready() else { return Ok(()) };
             let name = &self.name;
             if let Some(status) = self.child.try_wait()? {
-                bail!("{name} ended with {status}:\n{}", self.log());
+                bail!("{name} ended with {status}:\n{}", self.last_lines());
             }
             if clock::boot_ns() > until_ns {
-                bail!("{name} is not ready: {error:#}\n{}", self.log());
+                bail!("{name} is not ready: {error:#}\n{}", self.last_lines());
             }
             std::thread::sleep(LOOK_AGAIN);
         }
@@ -86,6 +88,12 @@ impl Daemon {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    fn last_lines(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(SHOWN_LINES)..].join("\n")
+    }
+
     /// Ends it by SIGTERM.
     ///
     /// # Errors
@@ -94,8 +102,8 @@ impl Daemon {
         kill(Pid::from_raw(i32::try_from(self.child.id())?), Signal::SIGTERM)?;
         match self.wait_for_exit(limit)? {
             Some(status) if status.success() => Ok(()),
-            Some(status) => bail!("{} ended with {status}:\n{}", self.name, self.log()),
-            None => bail!("{} does not end by SIGTERM:\n{}", self.name, self.log()),
+            Some(status) => bail!("{} ended with {status}:\n{}", self.name, self.last_lines()),
+            None => bail!("{} does not end by SIGTERM:\n{}", self.name, self.last_lines()),
         }
     }
 
