@@ -3,7 +3,7 @@
 //!
 //! In the order of a pod's life:
 //! - `spec` what its object asks for
-//! - `pod` its life: one thread per pod
+//! - `pod`, `ending` its life: one thread per pod
 //! - `sandbox`, `addresses`, `cgroups` where its process is
 //! - `probe` its readiness
 //! - `status` what is written about it
@@ -16,6 +16,7 @@
 
 mod addresses;
 mod cgroups;
+mod ending;
 mod node;
 mod pod;
 mod probe;

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use nix::sys::signal::Signal;
+use anyhow::{Context, Result};
 
+use super::ending::final_phase;
 use super::probe::Prober;
 use super::sandbox::Sandbox;
 use super::spec::{Deletion, Identity, PodSpec, RestartPolicy};
@@ -19,9 +19,7 @@ use super::{Shared, is_gone, lock};
 use crate::e2e::api::Patch;
 use crate::lab::clock;
 use crate::lab::container::{Container, Event, Exit, Process};
-use crate::lab::kubelet::{
-    FORCED_GRACE, LEAST_GRACE, REACTION, REMOVAL_PAUSE, SIGKILL_LIMIT, STATUS_PAUSE, random_uuid,
-};
+use crate::lab::kubelet::random_uuid;
 
 /// Before the second restart, doubled for each further one: a kubelet with the feature gate
 /// `ReduceDefaultCrashLoopBackOffDecay`. Without it they are 10 s and 300 s: a test would wait.
@@ -46,7 +44,7 @@ pub(super) enum Note {
 }
 
 /// Why a pod's life ends.
-enum End {
+pub(super) enum End {
     /// On request, with the grace left from a moment on.
     Deleted(Deletion, u64),
     /// By force: there is no object any more.
@@ -56,19 +54,19 @@ enum End {
 
 /// A pod and all that belongs to it.
 pub(super) struct Worker {
-    shared: Arc<Shared>,
-    identity: Identity,
-    spec: PodSpec,
-    status: Status,
+    pub(super) shared: Arc<Shared>,
+    pub(super) identity: Identity,
+    pub(super) spec: PodSpec,
+    pub(super) status: Status,
     teller: SyncSender<Note>,
     notes: Receiver<Note>,
-    sandbox: Option<Sandbox>,
-    container: Option<Arc<Container>>,
-    prober: Option<Prober>,
+    pub(super) sandbox: Option<Sandbox>,
+    pub(super) container: Option<Arc<Container>>,
+    pub(super) prober: Option<Prober>,
     /// Once it is to end: when SIGKILL is due.
-    kill_ns: u64,
+    pub(super) kill_ns: u64,
     /// Nobody is there to read its status.
-    gone: bool,
+    pub(super) gone: bool,
 }
 
 impl Worker {
@@ -138,20 +136,8 @@ impl Worker {
         }
     }
 
-    fn end(&mut self, end: &End) -> Result<()> {
-        match *end {
-            End::Deleted(deletion, seen_ns) => self.terminate(deletion, seen_ns),
-            End::Vanished => {
-                std::thread::sleep(REACTION);
-                self.kill_ns = clock::boot_ns() + clock::nanos(FORCED_GRACE);
-                self.stop_container()
-            }
-            End::Stopped => Ok(()),
-        }
-    }
-
     /// The next note, or `None` at `until_ns`. Deletions are recorded when they are first read.
-    fn next(&mut self, until_ns: u64) -> Option<Note> {
+    pub(super) fn next(&mut self, until_ns: u64) -> Option<Note> {
         let left = Duration::from_nanos(until_ns.saturating_sub(clock::boot_ns()));
         let note = match self.notes.recv_timeout(left) {
             Ok(note) => note,
@@ -271,7 +257,7 @@ impl Worker {
     }
 
     /// Enters the end of the process into the status.
-    fn exited(&mut self, exit: Exit) -> Terminated {
+    pub(super) fn exited(&mut self, exit: Exit) -> Terminated {
         self.prober = None;
         lock(&self.shared.containers).remove(&self.identity.uid);
         let now = clock::wall_seconds();
@@ -286,7 +272,7 @@ impl Worker {
         terminated
     }
 
-    fn readiness(&mut self, run: u32, ready: bool) -> Result<()> {
+    pub(super) fn readiness(&mut self, run: u32, ready: bool) -> Result<()> {
         if run != self.status.restarts || !self.is_running() {
             return Ok(());
         }
@@ -294,106 +280,12 @@ impl Worker {
         self.report()
     }
 
-    fn is_running(&self) -> bool {
+    pub(super) fn is_running(&self) -> bool {
         matches!(self.status.state, State::Running { .. })
     }
 
-    /// The recorded order: preStop, SIGTERM, SIGKILL; the place goes, then the final status is
-    /// written, then the object is removed.
-    fn terminate(&mut self, deletion: Deletion, seen_ns: u64) -> Result<()> {
-        self.kill_ns = seen_ns.saturating_add(clock::nanos(deletion.grace));
-        std::thread::sleep(REACTION);
-        if self.is_running() && !self.spec.pre_stop_sleep.is_zero() {
-            let over_ns = clock::boot_ns() + clock::nanos(self.spec.pre_stop_sleep);
-            self.pass(|worker| over_ns.min(worker.kill_ns))?;
-        }
-        if !self.gone {
-            self.kill_ns = self.kill_ns.max(clock::boot_ns() + clock::nanos(LEAST_GRACE));
-        }
-        self.stop_container()?;
-        self.detach()?;
-        std::thread::sleep(STATUS_PAUSE);
-        self.status.phase = match &self.status.state {
-            State::Terminated(terminated) => final_phase(terminated),
-            // It never ran, or was to be started again.
-            State::Waiting { .. } | State::Running { .. } => Phase::Failed,
-        };
-        self.report()?;
-        std::thread::sleep(REMOVAL_PAUSE);
-        if self.gone { Ok(()) } else { self.shared.remove(&self.identity) }
-    }
-
-    /// SIGTERM, and SIGKILL when it is due.
-    fn stop_container(&mut self) -> Result<()> {
-        let Some(container) = self.container.clone() else { return Ok(()) };
-        if self.is_running() {
-            let sent_ns = clock::boot_ns();
-            self.record(|life| life.sigterm_sent_ns = Some(sent_ns));
-            container.signal(Signal::SIGTERM);
-            self.pass(|worker| if worker.is_running() { worker.kill_ns } else { 0 })?;
-        }
-        if self.is_running() {
-            let sent_ns = clock::boot_ns();
-            self.record(|life| life.sigkill_sent_ns = Some(sent_ns));
-            container.signal(Signal::SIGKILL);
-            let limit_ns = sent_ns + clock::nanos(SIGKILL_LIMIT);
-            self.pass(|worker| if worker.is_running() { limit_ns } else { 0 })?;
-        }
-        if self.is_running() {
-            bail!("its process does not end by SIGKILL");
-        }
-        Ok(())
-    }
-
-    /// Takes notes until `until_ns` of itself, which each note can change.
-    fn pass(&mut self, until_ns: impl Fn(&Self) -> u64) -> Result<()> {
-        while let Some(note) = self.next(until_ns(self)) {
-            match note {
-                Note::Exited(exit) => {
-                    self.exited(exit);
-                }
-                Note::Ready(run, ready) => self.readiness(run, ready)?,
-                // A later request can only shorten the grace.
-                Note::Deletion(deletion, at_ns) => {
-                    let kill_ns = at_ns.saturating_add(clock::nanos(deletion.grace));
-                    self.kill_ns = self.kill_ns.min(kill_ns);
-                }
-                Note::Vanished(at_ns) => {
-                    self.kill_ns = self.kill_ns.min(at_ns + clock::nanos(FORCED_GRACE));
-                }
-                Note::Stop => self.kill_ns = 0,
-            }
-        }
-        Ok(())
-    }
-
-    /// Gives its place back, once its process is gone.
-    fn detach(&mut self) -> Result<()> {
-        self.prober = None;
-        if let Some(container) = self.container.take()
-            && !container.wait_for_end(clock::boot_ns() + clock::nanos(SIGKILL_LIMIT))
-        {
-            bail!("its process does not end");
-        }
-        if let Some(sandbox) = self.sandbox.take() {
-            sandbox.remove(&self.shared)?;
-            let free_ns = clock::boot_ns();
-            self.record(|life| life.address_free_ns = Some(free_ns));
-        }
-        Ok(())
-    }
-
-    /// Whatever ended its life: no process stays.
-    fn clear(&mut self) -> Result<()> {
-        lock(&self.shared.containers).remove(&self.identity.uid);
-        if let Some(container) = &self.container {
-            container.signal(Signal::SIGKILL);
-        }
-        self.detach()
-    }
-
     /// Writes the status, unless the object is gone.
-    fn report(&mut self) -> Result<()> {
+    pub(super) fn report(&mut self) -> Result<()> {
         if self.gone {
             return Ok(());
         }
@@ -408,7 +300,7 @@ impl Worker {
         Ok(())
     }
 
-    fn record(&self, entry: impl FnOnce(&mut Life)) {
+    pub(super) fn record(&self, entry: impl FnOnce(&mut Life)) {
         if let Some(life) = lock(&self.shared.lives).get_mut(&self.identity.uid) {
             entry(life);
         }
@@ -422,10 +314,6 @@ fn end_by(note: &Note) -> Option<End> {
         Note::Stop => Some(End::Stopped),
         Note::Exited(_) | Note::Ready(..) => None,
     }
-}
-
-fn final_phase(terminated: &Terminated) -> Phase {
-    if terminated.succeeded() { Phase::Succeeded } else { Phase::Failed }
 }
 
 /// The pause before the next restart: the first comes at once.
@@ -453,14 +341,5 @@ mod tests {
     fn the_first_restart_comes_at_once_and_the_others_later_and_later() {
         let seconds = [0, 1, 2, 3, 7, 8, 40].map(|restarts| back_off(restarts).as_secs());
         assert_eq!(seconds, [0, 1, 2, 4, 60, 60, 60]);
-    }
-
-    #[test]
-    fn only_an_exit_code_of_zero_is_a_success() {
-        let phase = |exit| final_phase(&Terminated::new(exit, 1, 2, "id"));
-        assert_eq!(phase(Exit::Code(0)), Phase::Succeeded);
-        assert_eq!(phase(Exit::Code(1)), Phase::Failed);
-        assert_eq!(phase(Exit::Killed(Signal::SIGKILL)), Phase::Failed);
-        assert_eq!(phase(Exit::Unknown), Phase::Failed);
     }
 }

@@ -15,6 +15,7 @@ mod node;
 pub mod slices;
 
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -92,8 +93,9 @@ impl Watcher {
         Ok(changes?.concat())
     }
 
-    /// When a Service's chains on `node` no longer led to `address`: the last of the chains, and
-    /// of the times, if it left several. `None` while it has not left.
+    /// When a Service's chains on `node` no longer led to `address`, within `span` (ns of
+    /// `CLOCK_BOOTTIME`; another pod may have the address outside of it): the last of the chains,
+    /// and of the times if it came back. `None` while it has not left.
     ///
     /// # Errors
     /// As [`Watcher::changes`].
@@ -102,15 +104,17 @@ impl Watcher {
         node: &str,
         service: &str,
         address: SocketAddr,
+        span: &RangeInclusive<u64>,
     ) -> Result<Option<Change>> {
         let mut of = self.changes()?;
         of.retain(|change| {
             change.node == node
                 && change.backend.service == service
                 && change.backend.address == address
-                && change.direction == Direction::Left
+                && span.contains(&change.moment.at_ns)
         });
-        Ok(of.into_iter().max_by_key(|change| change.moment.at_ns))
+        let last = of.into_iter().max_by_key(|change| change.moment.at_ns);
+        Ok(last.filter(|change| change.direction == Direction::Left))
     }
 }
 
