@@ -16,7 +16,7 @@ impl Worker {
     pub(super) fn end(&mut self, end: &End) -> Result<()> {
         match *end {
             End::Deleted(deletion, seen_ns) => self.terminate(deletion, seen_ns),
-            End::Vanished => {
+            End::Forced => {
                 std::thread::sleep(REACTION);
                 self.kill_ns = clock::boot_ns() + clock::nanos(FORCED_GRACE);
                 self.stop_container()
@@ -34,9 +34,8 @@ impl Worker {
             let over_ns = clock::boot_ns() + clock::nanos(self.spec.pre_stop_sleep);
             self.pass(|worker| over_ns.min(worker.kill_ns))?;
         }
-        if !self.gone {
-            self.kill_ns = self.kill_ns.max(clock::boot_ns() + clock::nanos(LEAST_GRACE));
-        }
+        let least = if self.gone { FORCED_GRACE } else { LEAST_GRACE };
+        self.kill_ns = self.kill_ns.max(clock::boot_ns() + clock::nanos(least));
         self.stop_container()?;
         self.detach()?;
         std::thread::sleep(STATUS_PAUSE);
@@ -82,7 +81,8 @@ impl Worker {
                 Note::Ready(run, ready) => self.readiness(run, ready)?,
                 // A later request can only shorten the grace.
                 Note::Deletion(deletion, at_ns) => {
-                    let kill_ns = at_ns.saturating_add(clock::nanos(deletion.grace));
+                    let grace = deletion.grace.max(FORCED_GRACE);
+                    let kill_ns = at_ns.saturating_add(clock::nanos(grace));
                     self.kill_ns = self.kill_ns.min(kill_ns);
                 }
                 Note::Vanished(at_ns) => {

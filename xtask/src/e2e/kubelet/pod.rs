@@ -47,8 +47,8 @@ pub(super) enum Note {
 pub(super) enum End {
     /// On request, with the grace left from a moment on.
     Deleted(Deletion, u64),
-    /// By force: there is no object any more.
-    Vanished,
+    /// By force: there is no object any more, or soon not.
+    Forced,
     Stopped,
 }
 
@@ -309,8 +309,9 @@ impl Worker {
 
 fn end_by(note: &Note) -> Option<End> {
     match *note {
+        Note::Deletion(deletion, _) if deletion.grace.is_zero() => Some(End::Forced),
         Note::Deletion(deletion, at_ns) => Some(End::Deleted(deletion, at_ns)),
-        Note::Vanished(_) => Some(End::Vanished),
+        Note::Vanished(_) => Some(End::Forced),
         Note::Stop => Some(End::Stopped),
         Note::Exited(_) | Note::Ready(..) => None,
     }
@@ -336,6 +337,16 @@ fn crash_later(container: Arc<Container>, at_ns: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_deletion_without_grace_is_a_forced_one() {
+        let deletion =
+            |seconds| Note::Deletion(Deletion { grace: Duration::from_secs(seconds) }, 1);
+        assert!(matches!(end_by(&deletion(0)), Some(End::Forced)));
+        assert!(matches!(end_by(&deletion(1)), Some(End::Deleted(_, 1))));
+        assert!(matches!(end_by(&Note::Vanished(1)), Some(End::Forced)));
+        assert!(end_by(&Note::Exited(Exit::Code(0))).is_none());
+    }
 
     #[test]
     fn the_first_restart_comes_at_once_and_the_others_later_and_later() {
