@@ -1,13 +1,14 @@
 //! The whole cluster, started in order and removed when dropped.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
 use super::binaries::Binaries;
 use super::control_plane::ControlPlane;
-use super::network::Network;
+use super::network::{Network, Node};
 use super::proxy::Dataplane;
 use super::{manifest, node, proxy};
 use crate::lab::agent::{self, Agent};
@@ -24,20 +25,20 @@ pub(crate) struct Cluster {
     pub(crate) control_plane: ControlPlane,
     pub(crate) network: Arc<Network>,
     /// Last: its removal needs the others to have let go.
-    _claim: Claim,
+    claim: Claim,
 }
 
 impl Cluster {
-    /// Starts all parts and waits until each is ready. Waits for any other lab to end first.
+    /// Starts all parts and waits until each is ready.
     ///
     /// # Errors
-    /// Without root, when a tool is missing, or when a part does not start.
+    /// When a tool is missing, or a part does not start.
     pub(crate) fn start(
+        claim: Claim,
         binaries: &Binaries,
         dataplane: Dataplane,
         observer: &Path,
     ) -> Result<Self> {
-        let claim = Claim::take()?;
         run_ahead_of_others()?;
         let directory = claim.directory();
         let network = Arc::new(Network::build()?);
@@ -53,7 +54,12 @@ impl Cluster {
             proxies.push(proxy::start(binaries, node, dataplane, &kubeconfig, directory)?);
         }
         let agents = start_agents(&control_plane, &network, &claim, observer)?;
-        Ok(Self { agents, _proxies: proxies, control_plane, network, _claim: claim })
+        Ok(Self { agents, _proxies: proxies, control_plane, network, claim })
+    }
+
+    /// The cgroup directory that holds a node's pods.
+    pub(crate) fn cgroup_root(&self, node: &Node) -> PathBuf {
+        cgroup_root(&self.claim, node)
     }
 }
 
@@ -66,7 +72,9 @@ fn start_agents(
 ) -> Result<Vec<Agent>> {
     let (namespace, account) = manifest::ACCOUNT;
     let directory = claim.directory();
-    let start = |node: &super::network::Node| {
+    let start = |node: &Node| {
+        let cgroup_root = cgroup_root(claim, node);
+        fs::create_dir(&cgroup_root).context("cannot make a node's cgroup")?;
         let token = control_plane.admin.service_account_token(namespace, account)?;
         let kubeconfig = directory.join(format!("observer-{}.kubeconfig", node.name));
         control_plane.server.write_kubeconfig(&kubeconfig, &token)?;
@@ -75,9 +83,13 @@ fn start_agents(
             node: &node.namespace,
             node_name: node.name,
             kubeconfig: &kubeconfig,
-            cgroup_root: &claim.cgroup_root(),
+            cgroup_root: &cgroup_root,
             log: directory.join(format!("observer-{}.log", node.name)),
         })
     };
     network.nodes.iter().map(start).collect()
+}
+
+fn cgroup_root(claim: &Claim, node: &Node) -> PathBuf {
+    claim.cgroup_root().join(node.name)
 }
