@@ -87,7 +87,7 @@ fn kept_directory() -> Result<PathBuf> {
 }
 
 fn compile(kept: &Path) -> Result<()> {
-    let work = Work::begin(&kept.with_extension("partial"))?;
+    let work = Work::begin(&kept.with_added_extension("partial"))?;
     if kept.exists() {
         // Another run compiled them meanwhile.
         return Ok(());

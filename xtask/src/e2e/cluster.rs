@@ -1,7 +1,7 @@
 //! The whole cluster, started in order and removed when dropped.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -10,7 +10,7 @@ use super::access::Identity;
 use super::binaries::Binaries;
 use super::control_plane::ControlPlane;
 use super::kubelet::{CgroupLayout, Kubelet, KubeletOptions};
-use super::network::Network;
+use super::network::{Network, Node};
 use super::proxy::Dataplane;
 use super::{manifest, proxy};
 use crate::lab::agent::{self, Agent};
@@ -33,17 +33,17 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// Starts all parts and waits until each is ready. Waits for any other lab to end first.
+    /// Starts all parts and waits until each is ready.
     ///
     /// # Errors
-    /// Without root, when a tool is missing, or when a part does not start.
+    /// When a tool is missing, or a part does not start.
     pub(crate) fn start(
+        claim: Claim,
         binaries: &Binaries,
         dataplane: Dataplane,
         observer: &Path,
         pod_program: &Path,
     ) -> Result<Self> {
-        let claim = Claim::take()?;
         run_ahead_of_others()?;
         let directory = claim.directory();
         let network = Arc::new(Network::build()?);
@@ -71,8 +71,8 @@ fn start_kubelets(
 ) -> Result<Vec<Kubelet>> {
     let start = |(index, identity): (usize, &Identity)| {
         let node = &network.nodes[index];
-        let cgroup_root = claim.cgroup_root().join(node.name);
-        fs::create_dir_all(&cgroup_root).context("cannot make a node's cgroup")?;
+        let cgroup_root = cgroup_root(claim, node);
+        fs::create_dir(&cgroup_root).context("cannot make a node's cgroup")?;
         Kubelet::start(KubeletOptions {
             api: control_plane.api(&identity.token, &node.namespace)?,
             network: Arc::clone(network),
@@ -94,7 +94,7 @@ fn start_agents(
 ) -> Result<Vec<Agent>> {
     let (namespace, account) = manifest::ACCOUNT;
     let directory = claim.directory();
-    let start = |node: &super::network::Node| {
+    let start = |node: &Node| {
         let token = control_plane.admin.service_account_token(namespace, account)?;
         let kubeconfig = directory.join(format!("observer-{}.kubeconfig", node.name));
         control_plane.server.write_kubeconfig(&kubeconfig, &token)?;
@@ -103,9 +103,13 @@ fn start_agents(
             node: &node.namespace,
             node_name: node.name,
             kubeconfig: &kubeconfig,
-            cgroup_root: &claim.cgroup_root().join(node.name),
+            cgroup_root: &cgroup_root(claim, node),
             log: directory.join(format!("observer-{}.log", node.name)),
         })
     };
     network.nodes.iter().map(start).collect()
+}
+
+fn cgroup_root(claim: &Claim, node: &Node) -> PathBuf {
+    claim.cgroup_root().join(node.name)
 }

@@ -35,6 +35,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
+use crate::lab::leftovers::Claim;
 use crate::step;
 use binaries::Binaries;
 use cluster::Cluster;
@@ -77,8 +78,9 @@ pub fn run(args: &Args) -> Result<()> {
     let binaries = args.binaries.clone().map_or_else(Binaries::get, Ok)?;
     let dataplanes = args.dataplane.map_or(Dataplane::ALL.to_vec(), |only| vec![only]);
     for dataplane in dataplanes {
+        let claim = Claim::take()?;
         let started = step::now();
-        let cluster = Cluster::start(&binaries, dataplane, &observer, &this_program)?;
+        let cluster = Cluster::start(claim, &binaries, dataplane, &observer, &this_program)?;
         let name = dataplane.name();
         let seconds = started.elapsed().as_secs_f64();
         step::say(&format!("e2e: {name}: the cluster and both agents are ready ({seconds:.1} s)"));
