@@ -27,7 +27,7 @@ pub(crate) mod daemon;
 mod endpoints;
 pub(crate) mod kubelet;
 pub(crate) mod leftovers;
-mod legacy;
+pub(crate) mod legacy;
 pub mod load;
 pub(crate) mod netns;
 pub mod network;

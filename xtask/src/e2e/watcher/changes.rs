@@ -111,16 +111,27 @@ fn locate(
     let old = between.iter().rposition(|commit| is_new(commit) == Some(false));
     let possible = &between[old.map_or(0, |last| last + 1)..];
     let shown = possible.iter().find(|commit| is_new(commit) == Some(true));
-    let (at_ns, not_after_ns, evidence) = match (shown, possible) {
-        (Some(shown), _) => (shown.at_ns, shown.at_ns, Evidence::Commit),
-        (None, [only]) if !only.incomplete => (only.at_ns, only.at_ns, Evidence::Commit),
-        (None, [earliest, .., last]) => {
-            (earliest.at_ns, last.at_ns.max(earliest.at_ns), Evidence::EarliestOfSeveral)
-        }
-        (None, _) => (after.answered_ns, after.answered_ns, Evidence::Listings),
+    let last_old_ns = old.map_or(before.asked_ns, |last| between[last].at_ns);
+    let exact = |commit: &Commit| Moment {
+        at_ns: commit.at_ns,
+        not_before_ns: last_old_ns.max(commit.not_before_ns),
+        not_after_ns: commit.at_ns,
+        evidence: Evidence::Commit,
     };
-    let not_before_ns = old.map_or(before.asked_ns, |last| between[last].at_ns);
-    Moment { at_ns, not_before_ns, not_after_ns, evidence }
+    let within = |at_ns, not_after_ns, evidence| Moment {
+        at_ns,
+        not_before_ns: last_old_ns,
+        not_after_ns,
+        evidence,
+    };
+    match (shown, possible) {
+        (Some(shown), _) => exact(shown),
+        (None, [only]) if !only.incomplete => exact(only),
+        (None, [earliest, .., last]) => {
+            within(earliest.at_ns, last.at_ns, Evidence::EarliestOfSeveral)
+        }
+        (None, _) => within(after.answered_ns, after.answered_ns, Evidence::Listings),
+    }
 }
 
 #[cfg(test)]
@@ -210,6 +221,15 @@ mod tests {
         let bracket = moment(60, (10, 60), Evidence::Listings);
         assert_eq!(all(&listings, &[]), [(2, Direction::Left, bracket)]);
         assert_eq!(all(&listings, &[lost(30)]), [(2, Direction::Left, bracket)]);
+    }
+
+    #[test]
+    fn a_table_seen_to_be_replaced_brackets_it_by_two_looks() {
+        let listings = [listing(10, 15, &[2, 3]), listing(50, 60, &[3])];
+        let looked = |family| Commit::replacement(family, 28, 30);
+        let exact = moment(30, (28, 30), Evidence::Commit);
+        let commits = [looked(Family::V6), looked(Family::V4)];
+        assert_eq!(all(&listings, &commits), [(2, Direction::Left, exact)]);
     }
 
     #[test]

@@ -2,13 +2,15 @@
 //! the API, its own netlink, the real tools for the rules. Nothing of it is the agent's code.
 //!
 //! - [`slices`] what the API said of pods and endpoints
-//! - `node` the rules of one node: `netlink` the kernel's notices, `listing` what the tools say
+//! - `node` the rules of one node: `netlink` the kernel's notices, `legacy` tables without any,
+//!   `listing` what the tools say
 //! - [`changes`] when backends came and went: from both
 //!
 //! Its own uncertainty: a commit's stamp is taken when its notice is received, which is after the
 //! new rules are in force, by as long as the kernel takes to send it and this thread to run.
 
 pub mod changes;
+mod legacy;
 mod listing;
 mod netlink;
 mod node;
@@ -57,8 +59,7 @@ impl Watcher {
         watcher.follow(api, PODS, Received::pod_news);
         watcher.follow(api, SLICES, Received::slice_news);
         for node in &network.nodes {
-            let (received, stop) = (&watcher.received, &watcher.stop);
-            watcher.nodes.push(NodeWatch::start(node, dataplane, received, stop)?);
+            watcher.nodes.push(NodeWatch::start(node, dataplane, &watcher.stop)?);
         }
         Ok(watcher)
     }

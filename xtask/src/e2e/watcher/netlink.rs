@@ -56,9 +56,13 @@ const POLL_MS: u16 = 100;
 pub(super) struct Commit {
     /// When its first message came: the new rules were in force.
     pub(super) at_ns: u64,
+    /// The old rules were still in force; 0 when a notice is all there is.
+    pub(super) not_before_ns: u64,
     messages: Vec<Message>,
     /// Messages were lost before its end, and commits perhaps with them.
     pub(super) incomplete: bool,
+    /// A family whose legacy table was replaced: there are no messages.
+    replaced: Option<Family>,
 }
 
 /// What a commit says of one chain or set.
@@ -73,10 +77,17 @@ struct Message {
 }
 
 impl Commit {
+    /// A legacy table was replaced, between two looks.
+    pub(super) fn replacement(family: Family, not_before_ns: u64, at_ns: u64) -> Self {
+        Self { at_ns, not_before_ns, replaced: Some(family), ..Self::default() }
+    }
+
     /// Whether it changes a table.
     pub(super) fn touches(&self, family: Family, table: &str) -> bool {
         let mut of = self.messages.iter();
-        self.incomplete || of.any(|message| message.is_of(family, table))
+        self.incomplete
+            || self.replaced == Some(family)
+            || of.any(|message| message.is_of(family, table))
     }
 
     /// Whether a chain's rules, which it wrote anew, name a backend; `None` when it did not write

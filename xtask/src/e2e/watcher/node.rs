@@ -1,7 +1,6 @@
-//! The rules of one node, watched by the kernel's notices and by what the real tools list.
+//! The rules of one node: what wakes the watch (the kernel's notices, or a replaced table), and
+//! what the real tools list then.
 
-use std::collections::BTreeSet;
-use std::net::IpAddr;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -12,10 +11,10 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 
 use super::changes::{Change, Listing, changes};
+use super::legacy::watch;
 use super::listing::{IPTABLES_TABLE, NFTABLES_TABLE, of_iptables, of_nftables};
 use super::lock;
 use super::netlink::{Commit, listen};
-use super::slices::Received;
 use crate::e2e::Dataplane;
 use crate::e2e::network::Node;
 use crate::lab::clock;
@@ -23,13 +22,6 @@ use crate::lab::command;
 use crate::lab::netns::Namespace;
 use crate::lab::network::Family;
 
-/// The pause between two listings of legacy rules, which nothing announces, while a pod that they
-/// still have ends.
-const LEGACY_FAST: Duration = Duration::from_millis(5);
-/// At other times: the first change after quiet is bracketed by this, until the pod watch tells.
-const LEGACY_SLOW: Duration = Duration::from_millis(100);
-/// A pod that is gone may still be in the rules: kube-proxy's own pause is 1 s, twice.
-const AFTER_REMOVAL_NS: u64 = 10_000_000_000;
 /// How late the end is noticed when no commit comes.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -39,7 +31,7 @@ pub(super) struct NodeWatch {
     name: String,
     dataplane: Dataplane,
     seen: Arc<Mutex<Seen>>,
-    threads: Vec<JoinHandle<()>>,
+    thread: JoinHandle<()>,
 }
 
 /// What was seen so far.
@@ -76,36 +68,30 @@ impl Seen {
 
 impl NodeWatch {
     /// Begins; the rules have been listed once when this returns.
-    pub(super) fn start(
-        node: &Node,
-        dataplane: Dataplane,
-        received: &Arc<Mutex<Received>>,
-        stop: &Arc<AtomicBool>,
-    ) -> Result<Self> {
+    pub(super) fn start(node: &Node, dataplane: Dataplane, stop: &Arc<AtomicBool>) -> Result<Self> {
         let seen: Arc<Mutex<Seen>> = Arc::default();
         let lister = Lister {
             namespace: node.namespace.clone(),
             dataplane,
             seen: Arc::clone(&seen),
-            received: Arc::clone(received),
             stop: Arc::clone(stop),
         };
-        let mut threads = Vec::new();
-        if dataplane == Dataplane::IptablesLegacy {
-            lister.list_both()?;
-            threads.push(std::thread::spawn(move || lister.poll()));
-        } else {
-            // One waiting wake-up is enough: the next listing shows all commits before it.
-            let (wake, woken) = sync_channel(1);
-            let entering = Arc::clone(&seen);
-            listen(&node.namespace, Arc::clone(stop), move |commit| {
-                lock(&entering).commits.push(commit);
-                wake_up(&wake);
-            })?;
-            lister.list_both()?;
-            threads.push(std::thread::spawn(move || lister.follow_commits(&woken)));
+        // One waiting wake-up is enough: the next listing shows all commits before it.
+        let (wake, woken) = sync_channel(1);
+        let entering = Arc::clone(&seen);
+        let tell = move |commit| {
+            lock(&entering).commits.push(commit);
+            wake_up(&wake);
+        };
+        match dataplane {
+            Dataplane::Nftables | Dataplane::IptablesNft => {
+                listen(&node.namespace, Arc::clone(stop), tell)?;
+            }
+            Dataplane::IptablesLegacy => watch(&node.namespace, Arc::clone(stop), tell)?,
         }
-        Ok(Self { name: node.name.to_owned(), dataplane, seen, threads })
+        lister.list_both()?;
+        let thread = std::thread::spawn(move || lister.follow_commits(&woken));
+        Ok(Self { name: node.name.to_owned(), dataplane, seen, thread })
     }
 
     /// What changed so far.
@@ -120,12 +106,10 @@ impl NodeWatch {
         Ok(v4.into_iter().chain(v6).collect())
     }
 
-    /// Waits for the threads, which were told to stop.
+    /// Waits for the thread that lists, which was told to stop.
     pub(super) fn join(self) {
-        for thread in self.threads {
-            // A panic was reported by the thread itself.
-            thread.join().ok();
-        }
+        // A panic was reported by the thread itself.
+        self.thread.join().ok();
     }
 }
 
@@ -148,7 +132,6 @@ struct Lister {
     namespace: Namespace,
     dataplane: Dataplane,
     seen: Arc<Mutex<Seen>>,
-    received: Arc<Mutex<Received>>,
     stop: Arc<AtomicBool>,
 }
 
@@ -159,25 +142,6 @@ impl Lister {
                 self.list_or_fail();
             }
         }
-    }
-
-    fn poll(&self) {
-        while !self.stop.load(Ordering::Relaxed) {
-            let pause = if self.is_awaited() { LEGACY_FAST } else { LEGACY_SLOW };
-            std::thread::sleep(pause);
-            self.list_or_fail();
-        }
-    }
-
-    /// Whether the rules still have a pod that ends or is gone.
-    fn is_awaited(&self) -> bool {
-        let since_ns = clock::boot_ns().saturating_sub(AFTER_REMOVAL_NS);
-        let ending = lock(&self.received).ending(since_ns);
-        let seen = lock(&self.seen);
-        let last = [seen.v4.last(), seen.v6.last()].into_iter().flatten();
-        let present: BTreeSet<IpAddr> =
-            last.flat_map(|listing| &listing.backends).map(|b| b.address.ip()).collect();
-        ending.iter().any(|address| present.contains(address))
     }
 
     fn list_or_fail(&self) {
@@ -230,6 +194,8 @@ fn tool(dataplane: Dataplane, family: Family) -> Command {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn listing(asked_ns: u64, backends: &BTreeSet<super::super::Backend>) -> Listing {

@@ -78,7 +78,7 @@ pub struct Received {
     pub endpoints: Vec<EndpointEvent>,
     /// What is listed now.
     listed: BTreeMap<Place, Conditions>,
-    /// Pods that are being deleted or were, and their addresses.
+    /// The last state of the pods that are there.
     pods_now: BTreeMap<String, Value>,
 }
 
@@ -164,16 +164,6 @@ impl Received {
                 self.endpoints.push(EndpointEvent { at_ns, place, conditions });
             }
         }
-    }
-
-    /// The addresses of pods whose deletion was seen and that are not gone, or were seen to go
-    /// since `since_ns`.
-    pub(super) fn ending(&self, since_ns: u64) -> Vec<IpAddr> {
-        let recent = |event: &&PodEvent| event.deleted && event.at_ns >= since_ns;
-        let gone = self.pods.iter().rev().take_while(|event| event.at_ns >= since_ns);
-        let gone = gone.filter(recent).flat_map(|event| event.addresses.clone());
-        let going = self.pods_now.values().filter(|pod| !deletion_timestamp(pod).is_null());
-        going.flat_map(addresses).chain(gone).collect()
     }
 }
 
@@ -309,12 +299,9 @@ mod tests {
         let mut received = Received::default();
         received.pod_news(1, News::Listed(vec![pod(None)]));
         assert_eq!(received.deletion_seen_ns("u"), None);
-        assert_eq!(received.ending(0), Vec::<IpAddr>::new());
         received.pod_news(2, News::Changed(pod(Some("2026-11-21T01:45:04Z"))));
         assert_eq!(received.deletion_seen_ns("u"), Some(2));
         received.pod_news(3, News::Deleted(pod(Some("2026-11-21T01:45:04Z"))));
-        assert_eq!(received.ending(3).len(), 1);
-        assert_eq!(received.ending(4).len(), 0);
         let mut forced = Received::default();
         forced.pod_news(1, News::Listed(vec![pod(None)]));
         forced.pod_news(5, News::Listed(Vec::new()));
