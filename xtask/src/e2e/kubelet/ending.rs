@@ -39,9 +39,15 @@ impl Worker {
         self.stop_container()?;
         self.detach()?;
         std::thread::sleep(STATUS_PAUSE);
+        if let State::Waiting { .. } = self.status.state
+            && let Some(last) = self.status.last.clone()
+        {
+            // It was to be started again.
+            self.status.state = State::Terminated(last);
+        }
         self.status.phase = match &self.status.state {
             State::Terminated(terminated) => final_phase(terminated),
-            // It never ran, or was to be started again.
+            // It never ran.
             State::Waiting { .. } | State::Running { .. } => Phase::Failed,
         };
         self.report()?;
@@ -55,6 +61,7 @@ impl Worker {
         if self.is_running() {
             let sent_ns = clock::boot_ns();
             self.record(|life| life.sigterm_sent_ns = Some(sent_ns));
+            self.asked = true;
             container.signal(Signal::SIGTERM);
             self.pass(|worker| if worker.is_running() { worker.kill_ns } else { 0 })?;
         }
@@ -77,6 +84,10 @@ impl Worker {
             match note {
                 Note::Exited(exit) => {
                     self.exited(exit);
+                    // The end that was asked for is written with the final phase.
+                    if !self.asked {
+                        self.report()?;
+                    }
                 }
                 Note::Ready(run, ready) => self.readiness(run, ready)?,
                 // A later request can only shorten the grace.
@@ -95,7 +106,7 @@ impl Worker {
     }
 
     /// Gives its place back, once its process is gone.
-    fn detach(&mut self) -> Result<()> {
+    pub(super) fn detach(&mut self) -> Result<()> {
         self.prober = None;
         if let Some(container) = self.container.take()
             && !container.wait_for_end(clock::boot_ns() + clock::nanos(SIGKILL_LIMIT))

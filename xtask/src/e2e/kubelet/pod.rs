@@ -65,6 +65,8 @@ pub(super) struct Worker {
     pub(super) prober: Option<Prober>,
     /// Once it is to end: when SIGKILL is due.
     pub(super) kill_ns: u64,
+    /// SIGTERM was sent.
+    pub(super) asked: bool,
     /// Nobody is there to read its status.
     pub(super) gone: bool,
 }
@@ -98,6 +100,7 @@ impl Worker {
             container: None,
             prober: None,
             kill_ns: u64::MAX,
+            asked: false,
             gone: false,
         }
     }
@@ -247,6 +250,7 @@ impl Worker {
         let pause = back_off(self.status.restarts);
         if !again {
             self.status.phase = final_phase(&terminated);
+            self.detach()?;
         } else if !pause.is_zero() {
             self.status.last = Some(terminated);
             let message = format!("back-off {}s restarting failed container", pause.as_secs());
