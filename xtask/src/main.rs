@@ -13,6 +13,7 @@ mod test;
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use xtask::step;
 
@@ -43,6 +44,8 @@ enum Command {
     Guest(guest_tests::Args),
     /// Watch pods being replaced, without a preStop sleep and with the recommended one.
     Demo(xtask::demo::Args),
+    /// Start a real Kubernetes of two nodes, with the observer on each.
+    E2e(xtask::e2e::Args),
     /// Measure speed and size, and compare them with what they may be.
     Bench(bench::Args),
     /// lint, test and demo, each timed: what must pass before a merge.
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Guest(args) => guest_tests::run(&args),
         Command::Demo(args) => demo(&args),
+        Command::E2e(args) => e2e(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Ci => ci::run(),
         Command::LabPod(args) => xtask::lab::pod::run(&args),
@@ -77,4 +81,15 @@ fn demo(args: &xtask::demo::Args) -> anyhow::Result<()> {
     setup::run(setup::Task::Network)?;
     build::observer(build::Profile::Dev)?;
     xtask::demo::run(args)
+}
+
+fn e2e(args: &xtask::e2e::Args) -> anyhow::Result<()> {
+    if args.compiles() {
+        setup::run(setup::Task::Kubernetes)
+            .context("Kubernetes is compiled first, unless `--binaries DIR` has it")?;
+    } else {
+        setup::run(setup::Task::Network)?;
+    }
+    build::observer(build::Profile::Dev)?;
+    xtask::e2e::run(args)
 }

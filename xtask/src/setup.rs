@@ -24,6 +24,8 @@ pub(crate) enum Task {
     Lint,
     /// Work in network namespaces: the demo, benchmarks.
     Network,
+    /// The same, with a Kubernetes that is compiled here first.
+    Kubernetes,
     /// Run the tests of another kernel in a guest.
     Guest,
     /// Run all tests.
@@ -35,7 +37,7 @@ pub(crate) enum Task {
 impl Task {
     /// Network namespaces and loading BPF programs take root, whatever is installed.
     fn takes_root(self) -> bool {
-        matches!(self, Self::Network | Self::Test)
+        matches!(self, Self::Network | Self::Kubernetes | Self::Test)
     }
 }
 

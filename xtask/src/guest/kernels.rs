@@ -4,17 +4,17 @@
 //! stays the same until its directory is removed. A directory appears only complete, by a rename.
 
 use std::cmp::Reverse;
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
-use std::{env, fmt};
 
 use anyhow::{Context as _, Result, ensure};
 
 use super::apt::Apt;
 use super::work::Work;
-use crate::step;
+use crate::{cache, step};
 
 /// What split packages are called, before the version.
 const PARTS: &[&str] = &["linux-base-", "linux-binary-", "linux-modules-"];
@@ -75,7 +75,7 @@ impl Kernel {
     /// # Errors
     /// No directory to keep it in, no Debian mirror, or a failed download.
     pub fn get(release: Release) -> Result<Self> {
-        let kept = cache()?.join(release.series);
+        let kept = cache::directory("guest")?.join(LAYOUT).join(release.series);
         if !kept.exists() {
             fetch(release, &kept).with_context(|| format!("cannot fetch Linux {release}"))?;
         }
@@ -90,16 +90,6 @@ impl Kernel {
         ensure!(image.is_file(), "{} is missing", image.display());
         Ok(Self { version, image, modules })
     }
-}
-
-/// Where kernels of this layout are kept.
-fn cache() -> Result<PathBuf> {
-    let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let base = set("XDG_CACHE_HOME")
-        .filter(|path| path.is_absolute())
-        .or_else(|| Some(set("HOME")?.join(".cache")))
-        .context("neither XDG_CACHE_HOME nor HOME says where to keep kernels")?;
-    Ok(base.join("observer/guest").join(LAYOUT))
 }
 
 fn fetch(release: Release, kept: &Path) -> Result<()> {

@@ -12,7 +12,7 @@ pub mod image;
 pub mod kernels;
 mod modules;
 mod programs;
-mod work;
+pub(crate) mod work;
 
 use std::path::PathBuf;
 

@@ -10,20 +10,20 @@ use crate::step;
 
 /// An empty directory, removed at the end. The kernel lets go of the lock when its process ends.
 #[derive(Debug)]
-pub(super) struct Work {
+pub(crate) struct Work {
     path: PathBuf,
     _lock: File,
 }
 
 impl Work {
     /// Waits for its turn, and empties the directory.
-    pub(super) fn begin(path: &Path) -> Result<Self> {
+    pub(crate) fn begin(path: &Path) -> Result<Self> {
         let begin = || -> Result<Self> {
             let lock = path.with_extension("lock");
             fs::create_dir_all(path.parent().context("a directory to work in")?)?;
             let lock = File::options().create(true).append(true).open(lock)?;
             if let Err(TryLockError::WouldBlock) = lock.try_lock() {
-                step::say("guest: waiting for another run");
+                step::say(&format!("waiting for another run in {}", path.display()));
                 lock.lock()?;
             }
             if path.exists() {
@@ -35,7 +35,7 @@ impl Work {
         begin().with_context(|| format!("cannot work in {}", path.display()))
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 }
@@ -43,7 +43,7 @@ impl Work {
 impl Drop for Work {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.path) {
-            step::say(&format!("guest: {} stays: {error}", self.path.display()));
+            step::say(&format!("{} stays: {error}", self.path.display()));
         }
     }
 }

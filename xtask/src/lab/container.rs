@@ -1,4 +1,4 @@
-//! A pod's process, as the lab holds it: started in its namespace and cgroup, listened to, ended.
+//! A pod's process, as a kubelet holds it: started in its namespace and cgroup, listened to, ended.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -9,16 +9,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
 use super::clock;
-use super::cluster::Cluster;
 use super::leftovers::making;
 use super::netns::Namespace;
-use super::objects::{POD_PORT, Pod};
 use super::pod::AtSigterm;
-use super::truth::PodTruth;
 
 /// How a pod's process serves and ends.
 #[derive(Clone, Copy, Debug, Default)]
@@ -56,48 +53,78 @@ pub(crate) struct Container {
     end: Condvar,
 }
 
+/// What to start, and where.
+#[derive(Debug)]
+pub(crate) struct Process<'a> {
+    /// A program with the subcommand `lab-pod`.
+    pub(crate) program: &'a Path,
+    /// The directory to make and to enter.
+    pub(crate) cgroup: &'a Path,
+    pub(crate) namespace: &'a Namespace,
+    /// What it answers to every connection.
+    pub(crate) name: &'a str,
+    pub(crate) port: u16,
+    pub(crate) behaviour: Behaviour,
+}
+
+/// What a process did, and when (ns of `CLOCK_BOOTTIME`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// Its own report: its listener accepts.
+    Listening(u64),
+    /// Its own report: it got SIGTERM.
+    Sigterm(u64),
+    /// Its own report, just after the close.
+    ListenerClosed(u64),
+    /// Its end was seen. Its process id is not free yet.
+    Exited(u64, Exit),
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Exit {
+    Code(i32),
+    Killed(Signal),
+    /// The kernel did not say.
+    Unknown,
+}
+
 impl Container {
-    /// Starts a pod's process. What it reports goes into the truth.
+    /// Starts a pod's process; `witness` is told what it does, on a thread of its own.
     pub(crate) fn start(
-        program: &Path,
-        cgroup_root: &Path,
-        namespace: &Namespace,
-        pod: &Pod,
-        behaviour: Behaviour,
-        cluster: &Arc<Cluster>,
+        process: &Process<'_>,
+        witness: impl FnMut(Event) + Send + 'static,
     ) -> Result<Arc<Self>> {
-        let cgroup = cgroup_root.join(cgroup_path(pod));
+        let Process { program, cgroup, namespace, name, port, behaviour } = process;
         {
             let _making = making();
-            fs::create_dir_all(&cgroup)
+            fs::create_dir_all(cgroup)
                 .with_context(|| format!("cannot make {}", cgroup.display()))?;
         }
         let mut command = Command::new(program);
-        command.args(["lab-pod", "--name", &pod.name, "--port", &POD_PORT.to_string()]);
-        command.arg("--cgroup").arg(&cgroup);
-        command.args(arguments(behaviour));
+        command.args(["lab-pod", "--name", name, "--port", &port.to_string()]);
+        command.arg("--cgroup").arg(cgroup);
+        command.args(arguments(*behaviour));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         // Ctrl-C at the terminal is for the lab, which ends its pods itself.
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         let mut child = namespace
             .spawn(&mut command)
             .with_context(|| format!("cannot start `{} lab-pod`", program.display()))?;
-        let pid = i32::try_from(child.id())?;
-        cluster.record(&pod.uid, |truth| truth.pid = pid);
         let container = Arc::new(Self {
-            pid: Pid::from_raw(pid),
+            pid: Pid::from_raw(i32::try_from(child.id())?),
             stdin: Mutex::new(child.stdin.take()),
             ended: Mutex::new(false),
             end: Condvar::new(),
         });
         let stdout = child.stdout.take().context("the pod's stdout")?;
-        let watcher = Watcher {
-            container: Arc::clone(&container),
-            cluster: Arc::clone(cluster),
-            uid: pod.uid.clone(),
-        };
-        std::thread::spawn(move || watcher.run(stdout, child));
+        let watched = Arc::clone(&container);
+        std::thread::spawn(move || watched.follow(stdout, child, witness));
         Ok(container)
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid.as_raw()
     }
 
     /// Sends a signal unless the process has ended.
@@ -125,56 +152,41 @@ impl Container {
         let line = format!("{command}\n");
         stdin.write_all(line.as_bytes()).context("the pod's process does not listen to commands")
     }
-}
 
-/// Follows a process to its end.
-struct Watcher {
-    container: Arc<Container>,
-    cluster: Arc<Cluster>,
-    uid: String,
-}
-
-impl Watcher {
-    fn run(self, stdout: ChildStdout, mut child: Child) {
-        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-            if let Some((what, at_ns)) = line.split_once(' ')
-                && let Ok(at_ns) = at_ns.parse()
-            {
-                self.cluster.record(&self.uid, |pod| enter(pod, what, at_ns));
-            }
-        }
+    /// Follows the process to its end.
+    fn follow(&self, stdout: ChildStdout, mut child: Child, mut witness: impl FnMut(Event)) {
+        let lines = BufReader::new(stdout).lines().map_while(Result::ok);
+        lines.filter_map(|line| reported(&line)).for_each(&mut witness);
         // Waits without reaping, so that the moment is recorded before the process id is free.
-        waitid(Id::Pid(self.container.pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).ok();
-        let exited_ns = clock::boot_ns();
-        self.cluster.record(&self.uid, |pod| pod.exited_ns = Some(exited_ns));
+        let end = waitid(Id::Pid(self.pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT);
+        witness(Event::Exited(clock::boot_ns(), exit(end)));
         {
-            let mut ended = self.container.ended.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
             child.wait().ok();
             *ended = true;
         }
-        self.container.end.notify_all();
-        self.cluster.change_pod(&self.uid, |pod| pod.ready = false);
+        self.end.notify_all();
     }
 }
 
-fn enter(pod: &mut PodTruth, what: &str, at_ns: u64) {
+/// A line of the process: what, and when.
+fn reported(line: &str) -> Option<Event> {
+    let (what, at_ns) = line.split_once(' ')?;
+    let at_ns = at_ns.parse().ok()?;
     match what {
-        "listening" => {
-            pod.listening_ns.get_or_insert(at_ns);
-        }
-        "sigterm" => pod.sigterm_ns = Some(at_ns),
-        "listener_closed" => pod.listener_closed_ns = Some(at_ns),
-        _ => {}
+        "listening" => Some(Event::Listening(at_ns)),
+        "sigterm" => Some(Event::Sigterm(at_ns)),
+        "listener_closed" => Some(Event::ListenerClosed(at_ns)),
+        _ => None,
     }
 }
 
-/// The directory that the kubelet (systemd driver) and containerd make for a Burstable pod.
-fn cgroup_path(pod: &Pod) -> String {
-    format!(
-        "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{}.slice/cri-containerd-{}.scope",
-        pod.uid.replace('-', "_"),
-        pod.container_id
-    )
+fn exit(end: nix::Result<WaitStatus>) -> Exit {
+    match end {
+        Ok(WaitStatus::Exited(_, code)) => Exit::Code(code),
+        Ok(WaitStatus::Signaled(_, signal, _)) => Exit::Killed(signal),
+        _ => Exit::Unknown,
+    }
 }
 
 fn arguments(behaviour: Behaviour) -> Vec<String> {

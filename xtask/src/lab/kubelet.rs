@@ -14,26 +14,28 @@ use nix::sys::signal::Signal;
 
 use super::clock;
 use super::cluster::Cluster;
-use super::container::{Behaviour, Container, Listen};
+use super::container::{Behaviour, Container, Event, Listen, Process};
+use super::netns::Namespace;
 use super::network::{Addresses, Network, pod_number};
 use super::objects::{POD_PORT, Phase, Pod, TEMPLATE_HASH};
+use super::truth::PodTruth;
 
 /// A pod's process starts within milliseconds; a loaded machine may need longer.
 const START_LIMIT: Duration = Duration::from_secs(10);
 /// Pod watch to the begin of the termination (recorded: 46 ms to SIGTERM, with a runtime between).
-const REACTION: Duration = Duration::from_millis(20);
+pub(crate) const REACTION: Duration = Duration::from_millis(20);
 /// Exit to `Succeeded`, and from there to the removal of the object (recorded: 200 and 80 ms).
-const STATUS_PAUSE: Duration = Duration::from_millis(200);
-const REMOVAL_PAUSE: Duration = Duration::from_millis(80);
+pub(crate) const STATUS_PAUSE: Duration = Duration::from_millis(200);
+pub(crate) const REMOVAL_PAUSE: Duration = Duration::from_millis(80);
 /// What the kubelet leaves a process whose preStop used up the grace period.
-const LEAST_GRACE: Duration = Duration::from_secs(2);
+pub(crate) const LEAST_GRACE: Duration = Duration::from_secs(2);
 /// How long a forcibly deleted pod is visible as terminating (recorded: 4 ms).
 const FORCED_VISIBLE: Duration = Duration::from_millis(4);
 /// What a forcibly deleted pod's process gets between SIGTERM and SIGKILL.
-const FORCED_GRACE: Duration = Duration::from_secs(1);
+pub(crate) const FORCED_GRACE: Duration = Duration::from_secs(1);
 /// `timeoutSeconds` of a probe unless the pod says otherwise.
-const PROBE_LIMIT: Duration = Duration::from_secs(1);
-const SIGKILL_LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const PROBE_LIMIT: Duration = Duration::from_secs(1);
+pub(crate) const SIGKILL_LIMIT: Duration = Duration::from_secs(10);
 
 /// A pod to start.
 #[derive(Clone, Debug)]
@@ -135,14 +137,7 @@ impl Kubelet {
         let pod = new_pod(number, plan, addresses)?;
         self.cluster.add_pod(pod.clone());
         let namespace = network.add_pod(number, addresses)?;
-        let container = Container::start(
-            &self.program,
-            &self.cgroup_root,
-            &namespace,
-            &pod,
-            plan.behaviour,
-            &self.cluster,
-        )?;
+        let container = self.start_process(&namespace, &pod, plan.behaviour)?;
         if plan.behaviour.listen == Listen::AtOnce {
             let listening = |truth: &super::truth::Truth| truth.pods.get(&pod.uid)?.listening_ns;
             let what = format!("pod {} listens", pod.name);
@@ -164,6 +159,32 @@ impl Kubelet {
             grace: Duration::from_secs(plan.grace_seconds),
             container,
         })
+    }
+
+    /// What the process reports goes into the truth.
+    fn start_process(
+        &self,
+        namespace: &Namespace,
+        pod: &Pod,
+        behaviour: Behaviour,
+    ) -> Result<Arc<Container>> {
+        let process = Process {
+            program: &self.program,
+            cgroup: &self.cgroup_root.join(cgroup_path(pod)),
+            namespace,
+            name: &pod.name,
+            port: POD_PORT,
+            behaviour,
+        };
+        let (cluster, uid) = (Arc::clone(&self.cluster), pod.uid.clone());
+        let container = Container::start(&process, move |event| {
+            cluster.record(&uid, |truth| enter(truth, event));
+            if let Event::Exited(..) = event {
+                cluster.change_pod(&uid, |pod| pod.ready = false);
+            }
+        })?;
+        self.cluster.record(&pod.uid, |truth| truth.pid = container.pid());
+        Ok(container)
     }
 
     /// `kubectl delete pod`; returns once the request is made.
@@ -243,6 +264,26 @@ fn probe(cluster: &Cluster, uid: &str, addresses: Addresses, period: Duration) {
     }
 }
 
+fn enter(pod: &mut PodTruth, event: Event) {
+    match event {
+        Event::Listening(at_ns) => {
+            pod.listening_ns.get_or_insert(at_ns);
+        }
+        Event::Sigterm(at_ns) => pod.sigterm_ns = Some(at_ns),
+        Event::ListenerClosed(at_ns) => pod.listener_closed_ns = Some(at_ns),
+        Event::Exited(at_ns, _) => pod.exited_ns = Some(at_ns),
+    }
+}
+
+/// The directory that the kubelet (systemd driver) and containerd make for a Burstable pod.
+fn cgroup_path(pod: &Pod) -> String {
+    format!(
+        "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{}.slice/cri-containerd-{}.scope",
+        pod.uid.replace('-', "_"),
+        pod.container_id
+    )
+}
+
 fn new_pod(number: u32, plan: &PodPlan, addresses: Addresses) -> Result<Pod> {
     let container_id = format!("{}{}", random_uuid()?, random_uuid()?).replace('-', "");
     if plan.pre_stop_sleep_seconds.is_some_and(|seconds| seconds > plan.grace_seconds) {
@@ -264,7 +305,8 @@ fn new_pod(number: u32, plan: &PodPlan, addresses: Addresses) -> Result<Pod> {
     })
 }
 
-fn random_uuid() -> Result<String> {
+/// A random UUID as text.
+pub(crate) fn random_uuid() -> Result<String> {
     let uuid = fs::read_to_string("/proc/sys/kernel/random/uuid").context("a random UUID")?;
     Ok(uuid.trim().to_owned())
 }

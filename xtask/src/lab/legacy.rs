@@ -22,20 +22,20 @@ use super::proxy::InForce;
 /// `IPT_SO_GET_INFO` and `IP6T_SO_GET_INFO`
 const GET_INFO: libc::c_int = 64;
 /// The table that the Services' rules are in.
-const TABLE: &[u8] = b"nat";
+pub(crate) const TABLE: &[u8] = b"nat";
 /// Short against the 10 ms that figures must agree within, long enough to leave the CPU alone.
 const PAUSE: Duration = Duration::from_micros(200);
 
 /// `struct ipt_getinfo` and `struct ip6t_getinfo`, which are alike.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct TableInfo {
+pub(crate) struct TableInfo {
     name: [u8; 32],
     valid_hooks: u32,
     hook_entry: [u32; 5],
     underflow: [u32; 5],
     entries: u32,
-    size_bytes: u32,
+    pub(crate) size_bytes: u32,
 }
 
 const _: () = assert!(size_of::<TableInfo>() == 84);
@@ -67,8 +67,7 @@ impl TableWatch {
 }
 
 fn watch(family: Family, ready: &SyncSender<()>, stop: &AtomicBool) -> Result<Option<InForce>> {
-    let domain = if family == Family::V4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let socket = socket(domain, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let socket = open(family)?;
     let mut not_before_ns = clock::boot_ns();
     let mut known = read(&socket, family)?;
     ready.send(()).ok();
@@ -86,9 +85,20 @@ fn watch(family: Family, ready: &SyncSender<()>, stop: &AtomicBool) -> Result<Op
     Ok(replaced)
 }
 
+/// A socket that netfilter's options of one family can be read from.
+pub(crate) fn open(family: Family) -> Result<OwnedFd> {
+    let domain = if family == Family::V4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    Ok(socket(domain, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?)
+}
+
+/// The level of netfilter's options.
+pub(crate) fn level(family: Family) -> libc::c_int {
+    if family == Family::V4 { libc::IPPROTO_IP } else { libc::IPPROTO_IPV6 }
+}
+
+/// Number of entries and size of the table.
 #[expect(unsafe_code, reason = "nix has no getsockopt for netfilter's options")]
-fn read(socket: &OwnedFd, family: Family) -> Result<TableInfo> {
-    let level = if family == Family::V4 { libc::IPPROTO_IP } else { libc::IPPROTO_IPV6 };
+pub(crate) fn read(socket: &OwnedFd, family: Family) -> Result<TableInfo> {
     let mut info = TableInfo::default();
     info.name[..TABLE.len()].copy_from_slice(TABLE);
     let mut length = libc::socklen_t::try_from(size_of::<TableInfo>())?;
@@ -97,7 +107,7 @@ fn read(socket: &OwnedFd, family: Family) -> Result<TableInfo> {
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
-            level,
+            level(family),
             GET_INFO,
             (&raw mut info).cast(),
             &raw mut length,

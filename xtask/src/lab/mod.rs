@@ -11,7 +11,7 @@
 //! - `proxy`, [`rules`] kube-proxy; `commits`, `legacy` when its rules were in force
 //! - [`load`] clients
 //! - [`truth`] what really happened
-//! - [`agent`] the agent under test
+//! - [`agent`], `daemon` the agent under test, and any program that runs as long
 //! - `leftovers` removes everything, whatever ended the lab
 //!
 //! It refuses to run beside another lab, without root, or after one whose remains it cannot remove.
@@ -20,17 +20,18 @@ pub mod agent;
 pub mod api;
 pub mod clock;
 mod cluster;
-mod command;
+pub(crate) mod command;
 mod commits;
-mod container;
+pub(crate) mod container;
+pub(crate) mod daemon;
 mod endpoints;
-mod kubelet;
-mod leftovers;
-mod legacy;
+pub(crate) mod kubelet;
+pub(crate) mod leftovers;
+pub(crate) mod legacy;
 pub mod load;
-mod netns;
+pub(crate) mod netns;
 pub mod network;
-mod objects;
+pub(crate) mod objects;
 pub mod pod;
 mod proxy;
 pub mod rules;
@@ -57,7 +58,7 @@ use kubelet::Kubelet;
 pub use kubelet::{PodPlan, RunningPod, Termination};
 use leftovers::Claim;
 use load::Load;
-use network::{Family, Network, Place};
+use network::{Family, NODE_NAME, Network, Place};
 use objects::Service;
 use proxy::{Job, Proxy};
 use rules::Dataplane;
@@ -299,9 +300,14 @@ impl Lab {
     /// # Errors
     /// When the program is missing, ends, or is not ready in time: the error has its log.
     pub fn start_agent(&self, program: &Path) -> Result<Agent> {
-        let cgroup_root = self.claim.cgroup_root();
-        let directory = self.claim.directory();
-        Agent::start(program, &self.network.node, &self.kubeconfig, &cgroup_root, directory)
+        Agent::start(agent::Options {
+            program,
+            node: &self.network.node,
+            node_name: NODE_NAME,
+            kubeconfig: &self.kubeconfig,
+            cgroup_root: &self.claim.cgroup_root(),
+            log: self.claim.directory().join("agent.log"),
+        })
     }
 }
 
@@ -316,7 +322,7 @@ impl Drop for Lab {
 /// Gives the calling thread, and what it starts from now on (the lab's threads, pods, agent and
 /// tools), a higher priority than the machine's other work: the lab measures milliseconds, not how
 /// long a compiler kept the processor.
-fn run_ahead_of_others() -> Result<()> {
+pub(crate) fn run_ahead_of_others() -> Result<()> {
     let thread = nix::unistd::gettid().to_string();
     let mut renice = std::process::Command::new("renice");
     command::run(None, renice.args(["-n", "-10", "-p", &thread]), "")?;

@@ -169,27 +169,37 @@ impl Network {
         Ok(namespace)
     }
 
-    /// A veth with host routes, as the `ptp` CNI plugin makes them.
     fn attach(&self, peer: &Namespace, link: &str, addresses: Addresses) -> Result<()> {
-        let Addresses { v4, v6 } = addresses;
-        let (node4, node6) = (NODE.v4, NODE.v6);
-        self.node.ip(&format!(
-            "link add {link} type veth peer name eth0 netns {}\n\
-             addr add {node4}/32 dev {link}\n\
-             addr add {node6}/128 dev {link} nodad\n\
-             link set {link} up\n",
-            peer.name()
-        ))?;
-        peer.ip(&format!(
-            "addr add {v4}/32 dev eth0\n\
-             addr add {v6}/128 dev eth0 nodad\n\
-             link set eth0 up\n\
-             route add default via {node4} dev eth0 onlink\n\
-             route add ::/0 via {node6} dev eth0 onlink\n"
-        ))?;
-        self.node
-            .ip(&format!("route replace {v4}/32 dev {link}\nroute replace {v6}/128 dev {link}\n"))
+        connect(&self.node, NODE, peer, link, addresses)
     }
+}
+
+/// A veth with host routes, as the `ptp` CNI plugin makes them: `link` in `router`, which has the
+/// addresses `own` there, and `eth0` in `peer`, which reaches everything over it.
+pub(crate) fn connect(
+    router: &Namespace,
+    own: Addresses,
+    peer: &Namespace,
+    link: &str,
+    addresses: Addresses,
+) -> Result<()> {
+    let Addresses { v4, v6 } = addresses;
+    let (own4, own6) = (own.v4, own.v6);
+    router.ip(&format!(
+        "link add {link} type veth peer name eth0 netns {}\n\
+         addr add {own4}/32 dev {link}\n\
+         addr add {own6}/128 dev {link} nodad\n\
+         link set {link} up\n",
+        peer.name()
+    ))?;
+    peer.ip(&format!(
+        "addr add {v4}/32 dev eth0\n\
+         addr add {v6}/128 dev eth0 nodad\n\
+         link set eth0 up\n\
+         route add default via {own4} dev eth0 onlink\n\
+         route add ::/0 via {own6} dev eth0 onlink\n"
+    ))?;
+    router.ip(&format!("route replace {v4}/32 dev {link}\nroute replace {v6}/128 dev {link}\n"))
 }
 
 /// The next free pod number: addresses end in it, and one byte holds 2 to 254.

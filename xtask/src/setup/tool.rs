@@ -52,8 +52,9 @@ pub(super) enum Source {
     OneProgram { package: &'static str, program: &'static str },
 }
 
-const BUILDING: &[Task] = &[Task::Build, Task::Lint, Task::Network, Task::Guest, Task::Test];
-const RUNNING: &[Task] = &[Task::Network, Task::Guest, Task::Test];
+const BUILDING: &[Task] =
+    &[Task::Build, Task::Lint, Task::Network, Task::Kubernetes, Task::Guest, Task::Test];
+const RUNNING: &[Task] = &[Task::Network, Task::Kubernetes, Task::Guest, Task::Test];
 const EMULATING: &[Task] = &[Task::Guest, Task::Test];
 
 /// In the order in which they are installed: bpf-linker needs LLVM.
@@ -118,6 +119,15 @@ pub(super) static TOOLS: &[Tool] = &[
         source: Source::Packages(&["util-linux"]),
         elsewhere: "setpriv of util-linux 2.33 or newer",
         tasks: RUNNING,
+    },
+    Tool {
+        name: "Go",
+        proof: Proof::Programs(&["go"]),
+        // Too old for Kubernetes, and able to fetch one that is not.
+        source: Source::Packages(&["golang-go"]),
+        elsewhere: "Go 1.19 or newer; or give `cargo xtask e2e --binaries DIR` Kubernetes' \
+                    programs that you have",
+        tasks: &[Task::Kubernetes],
     },
     Tool {
         name: "ipvsadm",

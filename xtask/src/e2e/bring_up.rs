@@ -1,0 +1,123 @@
+//! Whether the cluster is one: a Service made by hand is reached over both nodes' rules, and is
+//! refused there once it has no endpoint.
+
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::api::Api;
+use super::network::{Network, Node};
+use crate::lab::clock;
+use crate::lab::netns::Namespace;
+use crate::lab::network::{Addresses, Family};
+
+/// kube-proxy follows within two seconds; a machine that compiles at the same time needs longer.
+const RULES_LIMIT: Duration = Duration::from_secs(30);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// Longer than the second after which a SYN is sent again: the node's own first one over IPv6 is not
+/// refused when the rules' answer comes while the socket is still being connected.
+const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+const PORT: u16 = 8080;
+const SERVICES: &str = "/api/v1/namespaces/default/services";
+const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
+const NAME: &str = "by-hand";
+
+/// Makes the Service, connects to it, takes its endpoints away, and removes it.
+pub(super) fn check(admin: &Api, network: &Network) -> Result<()> {
+    let [first, second] = &network.nodes;
+    let listener = |address: IpAddr| -> Result<TcpListener> {
+        first.client.enter(|| Ok(TcpListener::bind((address, PORT))?))
+    };
+    let addresses = first.client_addresses();
+    let _listeners = [listener(addresses.v4.into())?, listener(addresses.v6.into())?];
+    let service = admin.create(SERVICES, &service())?;
+    for family in Family::BOTH {
+        admin.create(SLICES, &slice(family, addresses, first))?;
+    }
+    let targets = cluster_addresses(&service)?;
+    let places = [&first.namespace, &second.namespace, &second.client];
+    for place in places {
+        for target in &targets {
+            wait_until(&format!("{} reaches {target}", place.name()), || {
+                connect(place, *target).map(drop).map_err(Into::into)
+            })?;
+        }
+    }
+    for family in Family::BOTH {
+        admin.delete(&format!("{SLICES}/{}", slice_name(family)), &json!({}))?;
+    }
+    for place in places {
+        for target in &targets {
+            wait_until(&format!("{} is refused at {target}", place.name()), || {
+                let outcome = connect(place, *target);
+                ensure!(is_refused(&outcome), "the outcome is {outcome:?}");
+                Ok(())
+            })?;
+        }
+    }
+    admin.delete(&format!("{SERVICES}/{NAME}"), &json!({}))?;
+    Ok(())
+}
+
+fn service() -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": NAME},
+        "spec": {
+            "ipFamilyPolicy": "RequireDualStack",
+            "ports": [{"name": "http", "port": 80, "protocol": "TCP"}],
+        },
+    })
+}
+
+fn slice(family: Family, addresses: Addresses, node: &Node) -> Value {
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "name": slice_name(family), "labels": {"kubernetes.io/service-name": NAME},
+        },
+        "addressType": family.address_type(),
+        "ports": [{"name": "http", "port": PORT, "protocol": "TCP"}],
+        "endpoints": [{
+            "addresses": [addresses.of(family)], "nodeName": node.name,
+            "conditions": {"ready": true, "serving": true, "terminating": false},
+        }],
+    })
+}
+
+fn slice_name(family: Family) -> String {
+    format!("{NAME}-{}", family.address_type().to_lowercase())
+}
+
+fn cluster_addresses(service: &Value) -> Result<Vec<SocketAddr>> {
+    let addresses = service["spec"]["clusterIPs"].as_array().context("no cluster addresses")?;
+    let parse = |address: &Value| -> Result<SocketAddr> {
+        let address: IpAddr = address.as_str().unwrap_or_default().parse()?;
+        Ok((address, 80).into())
+    };
+    addresses.iter().map(parse).collect()
+}
+
+fn connect(from: &Namespace, target: SocketAddr) -> std::io::Result<TcpStream> {
+    let connect = || Ok(TcpStream::connect_timeout(&target, CONNECT_LIMIT));
+    from.enter(connect).unwrap_or_else(|error| Err(std::io::Error::other(error)))
+}
+
+fn is_refused(outcome: &std::io::Result<TcpStream>) -> bool {
+    let refused = std::io::ErrorKind::ConnectionRefused;
+    outcome.as_ref().is_err_and(|error| error.kind() == refused)
+}
+
+fn wait_until(what: &str, condition: impl Fn() -> Result<()>) -> Result<()> {
+    let until_ns = clock::boot_ns() + clock::nanos(RULES_LIMIT);
+    loop {
+        match condition() {
+            Ok(()) => return Ok(()),
+            Err(error) if clock::boot_ns() > until_ns => {
+                return Err(error.context(format!("waited in vain until {what}")));
+            }
+            Err(_) => std::thread::sleep(LOOK_AGAIN),
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! The whole cluster, started in order and removed when dropped.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+
+use super::access::Identity;
+use super::binaries::Binaries;
+use super::control_plane::ControlPlane;
+use super::kubelet::{CgroupLayout, Kubelet, KubeletOptions};
+use super::network::{Network, Node};
+use super::proxy::Dataplane;
+use super::{manifest, proxy};
+use crate::lab::agent::{self, Agent};
+use crate::lab::daemon::Daemon;
+use crate::lab::leftovers::Claim;
+use crate::lab::run_ahead_of_others;
+
+/// A running cluster with an agent on each node.
+#[derive(Debug)]
+pub(crate) struct Cluster {
+    /// In the order of the network's nodes.
+    pub(crate) agents: Vec<Agent>,
+    _proxies: Vec<Daemon>,
+    /// In the order of the network's nodes.
+    pub(crate) kubelets: Vec<Kubelet>,
+    pub(crate) control_plane: ControlPlane,
+    pub(crate) network: Arc<Network>,
+    /// Last: its removal needs the others to have let go.
+    _claim: Claim,
+}
+
+impl Cluster {
+    /// Starts all parts and waits until each is ready.
+    ///
+    /// # Errors
+    /// When a tool is missing, or a part does not start.
+    pub(crate) fn start(
+        claim: Claim,
+        binaries: &Binaries,
+        dataplane: Dataplane,
+        observer: &Path,
+        pod_program: &Path,
+    ) -> Result<Self> {
+        run_ahead_of_others()?;
+        let directory = claim.directory();
+        let network = Arc::new(Network::build()?);
+        let control_plane = ControlPlane::start(binaries, &network.control, directory)
+            .context("cannot start the control plane")?;
+        manifest::apply(&control_plane.admin)?;
+        let kubeconfig = directory.join("kube-proxy.kubeconfig");
+        control_plane.server.write_kubeconfig(&kubeconfig, &control_plane.proxy.token)?;
+        let kubelets = start_kubelets(&control_plane, &network, &claim, pod_program)?;
+        let mut proxies = Vec::new();
+        for node in &network.nodes {
+            proxies.push(proxy::start(binaries, node, dataplane, &kubeconfig, directory)?);
+        }
+        let agents = start_agents(&control_plane, &network, &claim, observer)?;
+        Ok(Self { agents, _proxies: proxies, kubelets, control_plane, network, _claim: claim })
+    }
+}
+
+/// A kubelet for each node, each as its own identity and over its own cgroups.
+fn start_kubelets(
+    control_plane: &ControlPlane,
+    network: &Arc<Network>,
+    claim: &Claim,
+    pod_program: &Path,
+) -> Result<Vec<Kubelet>> {
+    let start = |(index, identity): (usize, &Identity)| {
+        let node = &network.nodes[index];
+        let cgroup_root = cgroup_root(claim, node);
+        fs::create_dir(&cgroup_root).context("cannot make a node's cgroup")?;
+        Kubelet::start(KubeletOptions {
+            api: control_plane.api(&identity.token, &node.namespace)?,
+            network: Arc::clone(network),
+            node: index,
+            pod_program: pod_program.to_owned(),
+            cgroup_root,
+            cgroup_layout: CgroupLayout::Systemd,
+        })
+    };
+    control_plane.kubelets.iter().enumerate().map(start).collect()
+}
+
+/// An agent on each node, as the service account that `deploy/` gives it.
+fn start_agents(
+    control_plane: &ControlPlane,
+    network: &Network,
+    claim: &Claim,
+    program: &Path,
+) -> Result<Vec<Agent>> {
+    let (namespace, account) = manifest::ACCOUNT;
+    let directory = claim.directory();
+    let start = |node: &Node| {
+        let token = control_plane.admin.service_account_token(namespace, account)?;
+        let kubeconfig = directory.join(format!("observer-{}.kubeconfig", node.name));
+        control_plane.server.write_kubeconfig(&kubeconfig, &token)?;
+        Agent::start(agent::Options {
+            program,
+            node: &node.namespace,
+            node_name: node.name,
+            kubeconfig: &kubeconfig,
+            cgroup_root: &cgroup_root(claim, node),
+            log: directory.join(format!("observer-{}.log", node.name)),
+        })
+    };
+    network.nodes.iter().map(start).collect()
+}
+
+fn cgroup_root(claim: &Claim, node: &Node) -> PathBuf {
+    claim.cgroup_root().join(node.name)
+}

@@ -1,0 +1,177 @@
+//! etcd, kube-apiserver, kube-controller-manager and kube-scheduler in the control plane's
+//! namespace: RBAC and Node authorisation, dual-stack, everything else by its default.
+//!
+//! One certificate serves all three: the API server signs it by itself at its start. Its key also
+//! signs the service accounts' tokens.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Result;
+use nix::sys::signal::Signal;
+
+use super::access::{Identity, Server, write_tokens};
+use super::api::Api;
+use super::binaries::Binaries;
+use super::network::{NODES, Network};
+use crate::lab::daemon::Daemon;
+use crate::lab::netns::Namespace;
+use crate::lab::network::Family;
+
+/// All are ready within seconds; a machine that compiles at the same time needs far longer.
+const READY_LIMIT: Duration = Duration::from_mins(2);
+const ETCD: &str = "http://127.0.0.1:2379";
+const PORT: u16 = 6443;
+const CONTROLLERS_PORT: u16 = 10257;
+const SCHEDULER_PORT: u16 = 10259;
+const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
+
+/// The running control plane. Dropping it kills it.
+#[derive(Debug)]
+pub(crate) struct ControlPlane {
+    /// May do everything.
+    pub(crate) admin: Api,
+    /// Where it is.
+    pub(crate) server: Server,
+    /// The kubelet's identity for each of [`NODES`].
+    pub(crate) kubelets: [Identity; 2],
+    /// kube-proxy's, on all nodes.
+    pub(crate) proxy: Identity,
+    _programs: [Daemon; 4],
+}
+
+/// What all parts are started with.
+struct Place<'a> {
+    binaries: &'a Binaries,
+    namespace: &'a Namespace,
+    directory: &'a Path,
+}
+
+impl Place<'_> {
+    fn command(&self, program: &str) -> Command {
+        // They would end gracefully, which nobody waits for.
+        Daemon::command(&self.binaries.program(program), Signal::SIGKILL)
+    }
+
+    fn start(&self, program: &str, command: Command) -> Result<Daemon> {
+        Daemon::start(program, self.namespace, command, self.file(&format!("{program}.log")))
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    fn certificate(&self) -> PathBuf {
+        self.file("apiserver.crt")
+    }
+
+    fn key(&self) -> PathBuf {
+        self.file("apiserver.key")
+    }
+}
+
+impl ControlPlane {
+    /// Starts all four and waits until they are ready. Files go to `directory`.
+    pub(crate) fn start(
+        binaries: &Binaries,
+        namespace: &Namespace,
+        directory: &Path,
+    ) -> Result<Self> {
+        let place = Place { binaries, namespace, directory };
+        let admin = Identity::admin()?;
+        let [controllers, scheduler, proxy] =
+            ["kube-controller-manager", "kube-scheduler", "kube-proxy"].map(Identity::component);
+        let (controllers, scheduler, proxy) = (controllers?, scheduler?, proxy?);
+        let kubelets = [Identity::kubelet(NODES[0])?, Identity::kubelet(NODES[1])?];
+        let [first, second] = &kubelets;
+        let known = [&admin, &controllers, &scheduler, &proxy, first, second];
+        write_tokens(&place.file("tokens.csv"), &known)?;
+
+        let etcd = start_etcd(&place)?;
+        let mut api_server = start_api_server(&place)?;
+        let server = Server { url: url(PORT), authority: place.certificate() };
+        let client = |url: &str| Api::open(url, &server.authority, &admin.token, namespace);
+        api_server.wait_until(READY_LIMIT, || client(&server.url)?.health("/readyz").map(drop))?;
+        let mut programs = [
+            etcd,
+            api_server,
+            start_controllers(&place, &server, &controllers)?,
+            start_scheduler(&place, &server, &scheduler)?,
+        ];
+        for (program, port) in programs[2..].iter_mut().zip([CONTROLLERS_PORT, SCHEDULER_PORT]) {
+            let here = client(&url(port))?;
+            program.wait_until(READY_LIMIT, || here.health("/healthz").map(drop))?;
+        }
+        let admin = client(&server.url)?;
+        // Without it no pod is admitted; a controller makes it.
+        let account = || admin.get("/api/v1/namespaces/default/serviceaccounts/default").map(drop);
+        programs[2].wait_until(READY_LIMIT, account)?;
+        Ok(Self { admin, server, kubelets, proxy, _programs: programs })
+    }
+
+    /// The API server for somebody else, from `namespace`.
+    pub(crate) fn api(&self, token: &str, namespace: &Namespace) -> Result<Api> {
+        Api::open(&self.server.url, &self.server.authority, token, namespace)
+    }
+}
+
+/// The address that the certificate is for.
+fn url(port: u16) -> String {
+    format!("https://{}:{port}", Network::control_address())
+}
+
+fn start_etcd(place: &Place<'_>) -> Result<Daemon> {
+    let mut command = place.command("etcd");
+    command.arg("--data-dir").arg(place.file("etcd"));
+    command.args(["--listen-client-urls", ETCD, "--advertise-client-urls", ETCD]);
+    command.args(["--listen-peer-urls", "http://127.0.0.1:2380"]);
+    // Nothing of it is to survive.
+    command.arg("--unsafe-no-fsync");
+    place.start("etcd", command)
+}
+
+fn start_api_server(place: &Place<'_>) -> Result<Daemon> {
+    let mut command = place.command("kube-apiserver");
+    let services = Family::BOTH.map(Family::service_cidr).join(",");
+    command.args(["--etcd-servers", ETCD, "--service-cluster-ip-range", &services]);
+    command.args(["--secure-port", &PORT.to_string(), "--advertise-address"]);
+    command.arg(Network::control_address().to_string());
+    command.arg("--cert-dir").arg(place.directory);
+    command.arg("--token-auth-file").arg(place.file("tokens.csv"));
+    command.args(["--authorization-mode", "Node,RBAC"]);
+    command.args(["--enable-admission-plugins", "NodeRestriction"]);
+    command.args(["--service-account-issuer", ISSUER]);
+    command.arg("--service-account-signing-key-file").arg(place.key());
+    command.arg("--service-account-key-file").arg(place.key());
+    place.start("kube-apiserver", command)
+}
+
+fn start_controllers(place: &Place<'_>, server: &Server, identity: &Identity) -> Result<Daemon> {
+    let mut command = component(place, "kube-controller-manager", CONTROLLERS_PORT);
+    let kubeconfig = place.file("kube-controller-manager.kubeconfig");
+    server.write_kubeconfig(&kubeconfig, &identity.token)?;
+    command.arg("--kubeconfig").arg(kubeconfig);
+    // Each controller has the rights of its own role.
+    command.arg("--use-service-account-credentials");
+    command.arg("--service-account-private-key-file").arg(place.key());
+    command.arg("--root-ca-file").arg(place.certificate());
+    place.start("kube-controller-manager", command)
+}
+
+fn start_scheduler(place: &Place<'_>, server: &Server, identity: &Identity) -> Result<Daemon> {
+    let mut command = component(place, "kube-scheduler", SCHEDULER_PORT);
+    let kubeconfig = place.file("kube-scheduler.kubeconfig");
+    server.write_kubeconfig(&kubeconfig, &identity.token)?;
+    command.arg("--kubeconfig").arg(kubeconfig);
+    place.start("kube-scheduler", command)
+}
+
+/// The arguments that both of the API server's clients share.
+fn component(place: &Place<'_>, program: &str, port: u16) -> Command {
+    let mut command = place.command(program);
+    command.arg("--leader-elect=false").args(["--secure-port", &port.to_string()]);
+    command.arg("--tls-cert-file").arg(place.certificate());
+    command.arg("--tls-private-key-file").arg(place.key());
+    command
+}

@@ -1,0 +1,133 @@
+//! An independent watcher of the cluster, to compare the agents' figures with: its own watch of
+//! the API, its own netlink, the real tools for the rules. Nothing of it is the agent's code.
+//!
+//! - [`slices`] what the API said of pods and endpoints
+//! - `node` the rules of one node: `netlink` the kernel's notices, `legacy` tables without any,
+//!   `listing` what the tools say
+//! - [`changes`] when backends came and went: from both
+//!
+//! Its own uncertainty: a commit's stamp is taken when its notice is received, which is after the
+//! new rules are in force, by as long as the kernel takes to send it and this thread to run.
+
+pub mod changes;
+mod legacy;
+mod listing;
+mod netlink;
+mod node;
+pub mod slices;
+
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Result, bail};
+
+use super::Dataplane;
+use super::api::Api;
+use super::follow::{News, follow};
+use super::network::Network;
+use changes::{Change, Direction};
+pub use listing::Backend;
+use node::NodeWatch;
+use slices::Received;
+
+const PODS: &str = "/api/v1/pods";
+const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
+
+/// A running watch. Dropping it ends it.
+#[derive(Debug)]
+pub struct Watcher {
+    nodes: Vec<NodeWatch>,
+    received: Arc<Mutex<Received>>,
+    failures: Arc<Mutex<Vec<String>>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Watcher {
+    /// Begins to watch the API and the rules of all nodes; what changes after this returns is seen.
+    ///
+    /// # Errors
+    /// When a tool is missing or a socket cannot be opened.
+    pub(crate) fn start(api: &Api, network: &Network, dataplane: Dataplane) -> Result<Self> {
+        let mut watcher = Self {
+            nodes: Vec::new(),
+            received: Arc::default(),
+            failures: Arc::default(),
+            stop: Arc::default(),
+        };
+        watcher.follow(api, PODS, Received::pod_news);
+        watcher.follow(api, SLICES, Received::slice_news);
+        for node in &network.nodes {
+            watcher.nodes.push(NodeWatch::start(node, dataplane, &watcher.stop)?);
+        }
+        Ok(watcher)
+    }
+
+    fn follow(&self, api: &Api, path: &'static str, enter: fn(&mut Received, u64, News)) {
+        let (api, stop) = (api.clone(), Arc::clone(&self.stop));
+        let (received, failures) = (Arc::clone(&self.received), Arc::clone(&self.failures));
+        std::thread::spawn(move || {
+            let tell = |at_ns, news| enter(&mut lock(&received), at_ns, news);
+            let complain = |error: &anyhow::Error| lock(&failures).push(format!("{error:#}"));
+            follow(&api, path, &stop, tell, complain);
+        });
+    }
+
+    /// What the API said so far.
+    ///
+    /// # Errors
+    /// When a watch broke off: events may be missing.
+    pub fn received(&self) -> Result<Received> {
+        if let Some(failure) = lock(&self.failures).first() {
+            bail!("the watcher failed: {failure}");
+        }
+        Ok(lock(&self.received).clone())
+    }
+
+    /// How the rules of all nodes changed so far.
+    ///
+    /// # Errors
+    /// When a node's rules could not be listed.
+    pub fn changes(&self) -> Result<Vec<Change>> {
+        let changes: Result<Vec<Vec<Change>>> = self.nodes.iter().map(NodeWatch::changes).collect();
+        Ok(changes?.concat())
+    }
+
+    /// When a Service's chains on `node` no longer led to `address`, within `span` (ns of
+    /// `CLOCK_BOOTTIME`; another pod may have the address outside of it): the last of the chains,
+    /// and of the times if it came back. `None` while it has not left.
+    ///
+    /// # Errors
+    /// As [`Watcher::changes`].
+    pub fn removal(
+        &self,
+        node: &str,
+        service: &str,
+        address: SocketAddr,
+        span: &RangeInclusive<u64>,
+    ) -> Result<Option<Change>> {
+        let mut of = self.changes()?;
+        of.retain(|change| {
+            change.node == node
+                && change.backend.service == service
+                && change.backend.address == address
+                && span.contains(&change.moment.at_ns)
+        });
+        let last = of.into_iter().max_by_key(|change| change.moment.at_ns);
+        Ok(last.filter(|change| change.direction == Direction::Left))
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for node in std::mem::take(&mut self.nodes) {
+            node.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
