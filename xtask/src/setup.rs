@@ -152,6 +152,13 @@ mod tests {
     }
 
     #[test]
+    fn only_a_kubernetes_that_is_compiled_needs_go() {
+        let needs_go = |task| all_missing(task).iter().any(|tool| tool.name == "Go");
+        assert!(needs_go(Task::Kubernetes));
+        assert!(!needs_go(Task::Network) && !needs_go(Task::Test));
+    }
+
+    #[test]
     fn a_present_tool_is_not_missing() {
         assert_eq!(missing(Task::Everything, |_| true).count(), 0);
         let only_nft: Vec<_> = missing(Task::Test, |tool| tool.name != "nft").collect();

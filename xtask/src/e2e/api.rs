@@ -267,3 +267,23 @@ impl Iterator for Watch {
         Some(line.context("a watch broke off").and_then(|line| Ok(serde_json::from_str(&line)?)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_keeps_its_status_whatever_is_said_around_it() {
+        let refusal = Refusal { status: 409, message: "it exists".to_owned() };
+        let error = anyhow!(refusal).context("POST /api").context("cannot start");
+        assert_eq!(status(&error), Some(409));
+        assert_eq!(format!("{error:#}"), "cannot start: POST /api: 409: it exists");
+        assert_eq!(status(&anyhow!("nobody answers")), None);
+    }
+
+    #[test]
+    fn each_way_to_merge_has_its_media_type() {
+        assert_eq!(Patch::Merge.content_type(), "application/merge-patch+json");
+        assert_eq!(Patch::Strategic.content_type(), "application/strategic-merge-patch+json");
+    }
+}

@@ -26,7 +26,7 @@ const NAME: &str = "by-hand";
 
 /// Makes the Service, connects to it, takes its endpoints away, and removes it.
 pub(super) fn check(admin: &Api, network: &Network) -> Result<()> {
-    let [first, second] = &network.nodes;
+    let [first, _] = &network.nodes;
     let listener = |address: IpAddr| -> Result<TcpListener> {
         first.client.enter(|| Ok(TcpListener::bind((address, PORT))?))
     };
@@ -36,26 +36,21 @@ pub(super) fn check(admin: &Api, network: &Network) -> Result<()> {
     for family in Family::BOTH {
         admin.create(SLICES, &slice(family, addresses, first))?;
     }
-    let targets = cluster_addresses(&service)?;
-    let places = [&first.namespace, &second.namespace, &second.client];
-    for place in places {
-        for target in &targets {
-            wait_until(&format!("{} reaches {target}", place.name()), || {
-                connect(place, *target).map(drop).map_err(Into::into)
-            })?;
-        }
+    let paths = paths(&service, network)?;
+    for (place, target) in &paths {
+        wait_until(&format!("{} reaches {target}", place.name()), || {
+            connect(place, *target).map(drop).map_err(Into::into)
+        })?;
     }
     for family in Family::BOTH {
         admin.delete(&format!("{SLICES}/{}", slice_name(family)), &json!({}))?;
     }
-    for place in places {
-        for target in &targets {
-            wait_until(&format!("{} is refused at {target}", place.name()), || {
-                let outcome = connect(place, *target);
-                ensure!(is_refused(&outcome), "the outcome is {outcome:?}");
-                Ok(())
-            })?;
-        }
+    for (place, target) in &paths {
+        wait_until(&format!("{} is refused at {target}", place.name()), || {
+            let outcome = connect(place, *target);
+            ensure!(is_refused(&outcome), "the outcome is {outcome:?}");
+            Ok(())
+        })?;
     }
     admin.delete(&format!("{SERVICES}/{NAME}"), &json!({}))?;
     Ok(())
@@ -65,7 +60,7 @@ fn service() -> Value {
     json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": NAME},
         "spec": {
-            "ipFamilyPolicy": "RequireDualStack",
+            "type": "NodePort", "ipFamilyPolicy": "RequireDualStack",
             "ports": [{"name": "http", "port": 80, "protocol": "TCP"}],
         },
     })
@@ -90,13 +85,24 @@ fn slice_name(family: Family) -> String {
     format!("{NAME}-{}", family.address_type().to_lowercase())
 }
 
-fn cluster_addresses(service: &Value) -> Result<Vec<SocketAddr>> {
-    let addresses = service["spec"]["clusterIPs"].as_array().context("no cluster addresses")?;
-    let parse = |address: &Value| -> Result<SocketAddr> {
-        let address: IpAddr = address.as_str().unwrap_or_default().parse()?;
-        Ok((address, 80).into())
-    };
-    addresses.iter().map(parse).collect()
+/// From both nodes and the second one's client to the cluster addresses, and from outside to the
+/// port that the second node has for it.
+fn paths<'a>(service: &Value, network: &'a Network) -> Result<Vec<(&'a Namespace, SocketAddr)>> {
+    let [first, second] = &network.nodes;
+    let node_port = service["spec"]["ports"][0]["nodePort"].as_u64().context("no node port")?;
+    let mut paths = Vec::new();
+    for family in Family::BOTH {
+        let addresses = service["spec"]["clusterIPs"].as_array().context("no cluster addresses")?;
+        let parsed = addresses.iter().filter_map(|address| address.as_str()?.parse().ok());
+        let address = parsed.into_iter().find(|address: &IpAddr| Family::of(*address) == family);
+        let address = address.with_context(|| format!("no {}", family.address_type()))?;
+        for place in [&first.namespace, &second.namespace, &second.client] {
+            paths.push((place, SocketAddr::new(address, 80)));
+        }
+        let node = second.addresses.of(family);
+        paths.push((&network.outside, SocketAddr::new(node, u16::try_from(node_port)?)));
+    }
+    Ok(paths)
 }
 
 fn connect(from: &Namespace, target: SocketAddr) -> std::io::Result<TcpStream> {

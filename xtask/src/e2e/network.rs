@@ -47,16 +47,12 @@ pub(crate) struct Node {
 impl Node {
     /// The ranges of its pods, as `spec.podCIDRs` says them.
     pub(crate) fn pod_cidrs(&self) -> [String; 2] {
-        let range = self.range;
-        [format!("10.244.{range}.0/24"), format!("fd00:10:244:{range}::/64")]
+        pod_cidrs(self.range)
     }
 
     /// The addresses of its `number`-th pod: from [`FIRST_POD`] to 253.
     pub(crate) fn pod_addresses(&self, number: u8) -> Addresses {
-        Addresses {
-            v4: Ipv4Addr::new(10, 244, self.range, number),
-            v6: Ipv6Addr::new(0xfd00, 0x10, 0x244, self.range.into(), 0, 0, 0, number.into()),
-        }
+        pod_addresses(self.range, number)
     }
 
     /// The addresses of [`Node::client`].
@@ -126,6 +122,17 @@ impl Network {
     }
 }
 
+fn pod_cidrs(range: u8) -> [String; 2] {
+    [format!("10.244.{range}.0/24"), format!("fd00:10:244:{range}::/64")]
+}
+
+fn pod_addresses(range: u8, number: u8) -> Addresses {
+    Addresses {
+        v4: Ipv4Addr::new(10, 244, range, number),
+        v6: Ipv6Addr::new(0xfd00, 0x10, 0x244, range.into(), 0, 0, 0, number.into()),
+    }
+}
+
 fn router(name: &str) -> Result<Namespace> {
     let namespace = Namespace::create(name)?;
     namespace.set("net/ipv4/ip_forward", "1")?;
@@ -136,4 +143,27 @@ fn router(name: &str) -> Result<Namespace> {
 /// Thousands of short connections to one address: a port comes back as late as possible.
 fn many_connections(client: &Namespace) -> Result<()> {
     client.set("net/ipv4/ip_local_port_range", "1024 65535")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lab::network::CLUSTER_CIDRS;
+
+    /// The longest name of a network interface, in bytes.
+    const LINK_BYTES: usize = 15;
+
+    #[test]
+    fn pods_are_in_their_nodes_range_and_the_clusters() {
+        assert_eq!(pod_addresses(2, FIRST_POD).v4.to_string(), "10.244.2.2");
+        assert_eq!(pod_addresses(2, CLIENT).v6.to_string(), "fd00:10:244:2::fe");
+        assert_eq!(pod_cidrs(2), ["10.244.2.0/24", "fd00:10:244:2::/64"]);
+        assert_eq!(CLUSTER_CIDRS, ["10.244.0.0/16", "fd00:10:244::/48"]);
+    }
+
+    #[test]
+    fn any_number_of_a_pod_names_a_link() {
+        assert!(format!("pod{}", u32::MAX).len() <= LINK_BYTES);
+        assert!(NODES.iter().all(|name| name.len() <= LINK_BYTES));
+    }
 }
