@@ -114,9 +114,10 @@ impl Worker {
             bail!("its process does not end");
         }
         if let Some(sandbox) = self.sandbox.take() {
+            let owned = sandbox.owns_addresses();
             sandbox.remove(&self.shared)?;
             let free_ns = clock::boot_ns();
-            self.record(|life| life.address_free_ns = Some(free_ns));
+            self.record(|life| life.address_free_ns = owned.then_some(free_ns));
         }
         Ok(())
     }

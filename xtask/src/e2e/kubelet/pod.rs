@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 
 use super::ending::final_phase;
 use super::probe::Prober;
-use super::sandbox::Sandbox;
+use super::sandbox::{Sandbox, remove_run};
 use super::spec::{Deletion, Identity, PodSpec, RestartPolicy};
 use super::status::{Phase, State, Status, Terminated};
 use super::truth::Life;
@@ -186,7 +186,7 @@ impl Worker {
         let layout = self.shared.options.cgroup_layout;
         let process = Process {
             program: &self.shared.options.pod_program,
-            cgroup: &sandbox.cgroup.join(layout.container(&id)),
+            cgroup: &sandbox.run(layout, &id),
             namespace: &sandbox.namespace,
             name: &self.identity.name,
             port: self.spec.port,
@@ -242,6 +242,9 @@ impl Worker {
     /// The process ended though nobody asked it to; returns when to start it again.
     fn exited_alive(&mut self, exit: Exit) -> Result<Option<u64>> {
         let terminated = self.exited(exit);
+        if let (Some(sandbox), Some(id)) = (&self.sandbox, &self.status.container_id) {
+            remove_run(&sandbox.run(self.shared.options.cgroup_layout, id))?;
+        }
         let again = match self.spec.restart {
             RestartPolicy::Always => true,
             RestartPolicy::OnFailure => !terminated.succeeded(),

@@ -3,12 +3,13 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result};
 
+use super::cgroups::CgroupLayout;
 use super::spec::{Identity, PodSpec};
 use super::{Shared, lock};
 use crate::lab::command;
@@ -48,9 +49,19 @@ impl Sandbox {
         Ok(Some(Self { namespace, addresses, cgroup, number: Some(number) }))
     }
 
+    /// The cgroup directory of a run of its container.
+    pub(super) fn run(&self, layout: CgroupLayout, container_id: &str) -> PathBuf {
+        self.cgroup.join(layout.container(container_id))
+    }
+
+    /// Whether its addresses are its own, not the node's.
+    pub(super) fn owns_addresses(&self) -> bool {
+        self.number.is_some()
+    }
+
     /// Removes it, once no process is in it; another pod can have the address then.
     pub(super) fn remove(self, shared: &Shared) -> Result<()> {
-        if self.number.is_some() {
+        if self.owns_addresses() {
             let mut ip = Command::new("ip");
             command::run(None, ip.args(["netns", "delete", self.namespace.name()]), "")?;
         }
@@ -63,7 +74,7 @@ impl Sandbox {
 }
 
 /// Removes a pod's cgroup with those of its containers' runs.
-fn remove_cgroup(pod: &PathBuf) -> Result<()> {
+fn remove_cgroup(pod: &Path) -> Result<()> {
     let entries = match fs::read_dir(pod) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         entries => entries.with_context(|| format!("cannot read {}", pod.display()))?,
@@ -71,9 +82,13 @@ fn remove_cgroup(pod: &PathBuf) -> Result<()> {
     for entry in entries {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
-            fs::remove_dir(entry.path())
-                .with_context(|| format!("cannot remove {}", entry.path().display()))?;
+            remove_run(&entry.path())?;
         }
     }
-    fs::remove_dir(pod).with_context(|| format!("cannot remove {}", pod.display()))
+    remove_run(pod)
+}
+
+/// Removes a directory without others in it, whose processes have ended.
+pub(super) fn remove_run(cgroup: &Path) -> Result<()> {
+    fs::remove_dir(cgroup).with_context(|| format!("cannot remove {}", cgroup.display()))
 }

@@ -45,7 +45,7 @@ pub struct Life {
     pub exited_ns: Option<u64>,
     /// How it ended: its exit code, 128 + the signal that ended it, `None` if the kernel did not say.
     pub exit_code: Option<i32>,
-    /// From here on another pod could get the address.
+    /// From here on another pod could get the address; never for the node's own.
     pub address_free_ns: Option<u64>,
 }
 
