@@ -106,6 +106,7 @@ fn start_agents(
             cgroup_root: &cgroup_root(claim, node),
             log: directory.join(format!("observer-{}.log", node.name)),
         })
+        .with_context(|| format!("on {}", node.name))
     };
     network.nodes.iter().map(start).collect()
 }
