@@ -28,6 +28,7 @@ mod manifest;
 #[allow(dead_code, reason = "the kubelets and the scenarios will use all of it")]
 pub(crate) mod network;
 mod proxy;
+mod scenarios;
 #[allow(dead_code, reason = "the scenarios will use all of it")]
 pub mod watcher;
 
@@ -87,6 +88,7 @@ pub fn run(args: &Args) -> Result<()> {
         bring_up::check(&cluster.control_plane.admin, &cluster.network)
             .with_context(|| format!("{name}: the cluster is none"))?;
         step::say(&format!("e2e: {name}: a Service is reached over both nodes' rules"));
+        scenarios::play(cluster, dataplane, &observer).context(name)?;
     }
     Ok(())
 }

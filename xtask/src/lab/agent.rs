@@ -3,6 +3,7 @@
 //! Only the network namespace differs from the machine's: `/sys`, cgroups and BTF are its own.
 
 use std::io::Read;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,7 +16,9 @@ use super::daemon::{Daemon, without_proxy};
 use super::netns::Namespace;
 use super::network::CLUSTER_CIDRS;
 
-const LISTEN: &str = "127.0.0.1:9464";
+/// Where it listens unless it is told otherwise, and where its own node finds it.
+const PORT: u16 = 9464;
+const HERE: &str = "http://127.0.0.1:9464";
 /// Loading and attaching the programs takes about a second on a quiet machine.
 const READY_LIMIT: Duration = Duration::from_secs(30);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -58,7 +61,7 @@ impl Agent {
         }
         // By SIGTERM it detaches its programs and ends, also when this process is killed.
         let mut command = Daemon::command(program, Signal::SIGTERM);
-        command.args(["run", "--node-name", options.node_name, "--listen", LISTEN]);
+        command.args(["run", "--node-name", options.node_name]);
         command.arg("--kubeconfig").arg(options.kubeconfig);
         command.arg("--cgroup-root").arg(options.cgroup_root);
         for cidr in CLUSTER_CIDRS {
@@ -122,9 +125,7 @@ impl Agent {
         let report = self.report("json")?;
         let report: Value =
             serde_json::from_str(&report).context("observer report --output json")?;
-        report["workloads"][0]["recommendation"]["sleepSeconds"]
-            .as_u64()
-            .with_context(|| format!("the report recommends no sleep: {report:#}"))
+        recommended_sleep(&report["workloads"][0])
     }
 
     /// Runs `observer report` against this agent; returns what it printed.
@@ -132,9 +133,7 @@ impl Agent {
     /// # Errors
     /// When it fails: the error has what it printed on stderr.
     pub fn report(&self, output: &str) -> Result<String> {
-        let mut command = without_proxy(&self.program);
-        command.args(["report", "--url", &format!("http://{LISTEN}"), "--output", output]);
-        Ok(super::command::run(Some(&self.node), &mut command, "")?.stdout)
+        report(&self.program, &self.node, &[HERE.to_owned()], output)
     }
 
     /// What the agent has logged.
@@ -152,8 +151,36 @@ impl Agent {
     }
 }
 
+/// Runs `observer report` from a namespace against several agents; returns what it printed.
+pub(crate) fn report(
+    program: &Path,
+    from: &Namespace,
+    urls: &[String],
+    output: &str,
+) -> Result<String> {
+    let mut command = without_proxy(program);
+    command.arg("report");
+    for url in urls {
+        command.args(["--url", url]);
+    }
+    command.args(["--output", output]);
+    Ok(super::command::run(Some(from), &mut command, "")?.stdout)
+}
+
+/// The URL of the agent on the node with this address.
+pub(crate) fn url(address: IpAddr) -> String {
+    format!("http://{}", SocketAddr::new(address, PORT))
+}
+
+/// The preStop sleep that a report recommends for one of its workloads.
+pub(crate) fn recommended_sleep(workload: &Value) -> Result<u64> {
+    workload["recommendation"]["sleepSeconds"]
+        .as_u64()
+        .with_context(|| format!("the report recommends no sleep: {workload:#}"))
+}
+
 fn get(node: &Namespace, path: &str) -> Result<String> {
-    match http_get(node, &format!("http://{LISTEN}{path}"))? {
+    match http_get(node, &format!("{HERE}{path}"))? {
         (200, body) => Ok(body),
         (status, body) => bail!("GET {path}: {status}: {}", body.trim()),
     }

@@ -107,6 +107,26 @@ impl Watcher {
         address: SocketAddr,
         span: &RangeInclusive<u64>,
     ) -> Result<Option<Change>> {
+        let last = self.last_change(node, service, address, span)?;
+        Ok(last.filter(|change| change.direction == Direction::Left))
+    }
+
+    /// Whether a Service's chains on `node` lead to `address` now.
+    ///
+    /// # Errors
+    /// As [`Watcher::changes`].
+    pub fn leads(&self, node: &str, service: &str, address: SocketAddr) -> Result<bool> {
+        let last = self.last_change(node, service, address, &(0..=u64::MAX))?;
+        Ok(last.is_some_and(|change| change.direction == Direction::Entered))
+    }
+
+    fn last_change(
+        &self,
+        node: &str,
+        service: &str,
+        address: SocketAddr,
+        span: &RangeInclusive<u64>,
+    ) -> Result<Option<Change>> {
         let mut of = self.changes()?;
         of.retain(|change| {
             change.node == node
@@ -114,8 +134,7 @@ impl Watcher {
                 && change.backend.address == address
                 && span.contains(&change.moment.at_ns)
         });
-        let last = of.into_iter().max_by_key(|change| change.moment.at_ns);
-        Ok(last.filter(|change| change.direction == Direction::Left))
+        Ok(of.into_iter().max_by_key(|change| change.moment.at_ns))
     }
 }
 

@@ -1,0 +1,263 @@
+//! What the agents measured of terminations, against what the watcher and the kubelets saw.
+//!
+//! Both sides hear of a deletion and of a slice by watches of their own, so those differ by how
+//! long each takes to be woken; of rules and processes both have the kernel's word.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::objects::{Behind, Workload};
+use super::stage::Stage;
+use crate::e2e::kubelet::truth::{Life, Lives};
+use crate::e2e::watcher::slices::Received;
+
+/// How far the agents may be off.
+const LIMIT_MS: f64 = 20.0;
+/// Seconds in the API are rounded to microseconds; three of them are added up here.
+const ROUNDING_MS: f64 = 0.002;
+/// Both watchers saw the deletion within this of each other, whatever delayed one of them.
+const BEFORE_DELETION_NS: u64 = 1_000_000_000;
+
+/// How far the agents were off, by quantity.
+#[derive(Debug, Default)]
+pub(super) struct Errors {
+    of: Vec<(&'static str, f64)>,
+    terminations: usize,
+}
+
+impl Errors {
+    fn add(&mut self, quantity: &'static str, error_ms: f64, what: &str) -> Result<()> {
+        ensure!(
+            error_ms.abs() <= LIMIT_MS,
+            "{quantity} is {error_ms:.3} ms off, more than {LIMIT_MS}: {what}"
+        );
+        self.of.push((quantity, error_ms));
+        Ok(())
+    }
+
+    /// `gap 0.4 / 2.1 ms` and so on: median and largest magnitude.
+    pub(super) fn summary(&self) -> String {
+        let mut quantities: Vec<&str> = Vec::new();
+        for (quantity, _) in &self.of {
+            if !quantities.contains(quantity) {
+                quantities.push(quantity);
+            }
+        }
+        let mut text = format!("{} terminations, off by (median, most):", self.terminations);
+        for quantity in quantities {
+            let of = self.of.iter().filter(|(known, _)| *known == quantity);
+            let mut magnitudes: Vec<f64> = of.map(|(_, error)| error.abs()).collect();
+            magnitudes.sort_by(f64::total_cmp);
+            let (median, most) =
+                (magnitudes[magnitudes.len() / 2], magnitudes[magnitudes.len() - 1]);
+            write!(text, " {quantity} {median:.2}, {most:.2} ms;").ok();
+        }
+        text
+    }
+}
+
+/// Compares terminations that are samples, on both nodes.
+pub(super) fn samples(
+    stage: &Stage,
+    workload: &Workload,
+    uids: &[String],
+    errors: &mut Errors,
+) -> Result<()> {
+    ensure!(!uids.is_empty(), "no pod of {} went", workload.name);
+    let lives = stage.lives()?;
+    let measured = measured(stage, uids)?;
+    let received = stage.watcher.received()?;
+    for (number, uid) in uids.iter().enumerate() {
+        let truth = Truth { stage, received: &received, lives: &lives, uid, workload };
+        let of: Vec<&Value> = measured.iter().map(|of_node| &of_node[number]).collect();
+        truth.compare(&of, errors).with_context(|| {
+            let shown: Vec<String> = of.iter().map(|timeline| format!("{timeline:#}")).collect();
+            format!("pod {uid}: {}", shown.join("\n"))
+        })?;
+        errors.terminations += 1;
+    }
+    Ok(())
+}
+
+/// Checks that terminations gave no sample, and why they did not at the pod's own node.
+pub(super) fn no_samples(stage: &Stage, uids: &[String], because: &str) -> Result<()> {
+    ensure!(!uids.is_empty(), "no pod went");
+    let lives = stage.lives()?;
+    let measured = measured(stage, uids)?;
+    for (number, uid) in uids.iter().enumerate() {
+        for (node, of_node) in stage.cluster.network.nodes.iter().zip(&measured) {
+            let timeline = &of_node[number];
+            if timeline.is_null() {
+                continue;
+            }
+            let censored = timeline["censored"].as_array().context("censored")?;
+            ensure!(!censored.is_empty(), "{} has a sample of {uid}: {timeline:#}", node.name);
+            let says = censored.iter().any(|why| why.as_str().is_some_and(|w| w.contains(because)));
+            let home = lives.get(uid).is_some_and(|life| life.node == node.name);
+            ensure!(says || !home, "`{because}` is not why {uid} is no sample: {timeline:#}");
+        }
+    }
+    Ok(())
+}
+
+/// Of each node in their order, what its agent measured of each pod in theirs, once it closed it;
+/// null where another node's agent never heard of the pod.
+fn measured(stage: &Stage, uids: &[String]) -> Result<Vec<Vec<Value>>> {
+    let lives = stage.lives()?;
+    let cluster = &stage.cluster;
+    let nodes = cluster.network.nodes.iter().zip(&cluster.agents);
+    nodes
+        .map(|(node, agent)| {
+            let known = agent.terminations()?;
+            let of = |uid: &String| {
+                let is_home = lives.get(uid).is_some_and(|life| life.node == node.name);
+                let is_known = known.iter().any(|known| known["pod"]["uid"] == uid.as_str());
+                if !is_home && !is_known {
+                    return Ok(Value::Null);
+                }
+                Ok(agent.closed(std::slice::from_ref(uid))?.remove(0))
+            };
+            uids.iter().map(of).collect()
+        })
+        .collect()
+}
+
+/// What is known of one termination without the agents.
+struct Truth<'a> {
+    stage: &'a Stage,
+    received: &'a Received,
+    lives: &'a Lives,
+    uid: &'a str,
+    workload: &'a Workload,
+}
+
+impl Truth<'_> {
+    fn life(&self) -> Result<&Life> {
+        self.lives.get(self.uid).context("no kubelet ran it")
+    }
+
+    fn deleted_ns(&self) -> Result<u64> {
+        self.received.deletion_seen_ns(self.uid).context("the watcher saw no deletion")
+    }
+
+    /// While the pod's addresses were its own.
+    fn span(&self) -> Result<RangeInclusive<u64>> {
+        let (life, deleted_ns) = (self.life()?, self.deleted_ns()?);
+        let others = self.lives.values().filter(|other| {
+            other.addresses == life.addresses && other.started_ns > Some(deleted_ns)
+        });
+        let until_ns = others.filter_map(|other| other.started_ns).min().unwrap_or(u64::MAX);
+        Ok(deleted_ns.saturating_sub(BEFORE_DELETION_NS)..=until_ns)
+    }
+
+    /// When each way of a Service to the pod was closed on a node, sorted.
+    fn removals_ns(&self, node: &str, behind: &Behind) -> Result<Vec<u64>> {
+        let (life, span) = (self.life()?, self.span()?);
+        let addresses = life.addresses.context("the pod had no address")?;
+        let mut removals = Vec::new();
+        for family in behind.families {
+            let address = SocketAddr::new(addresses.of(*family), life.port);
+            let removal = self.stage.watcher.removal(node, behind.service, address, &span)?;
+            let missing = || {
+                format!("the watcher saw no removal of {address} ({}) on {node}", behind.service)
+            };
+            removals.push(removal.with_context(missing)?.moment.at_ns);
+        }
+        removals.sort_unstable();
+        Ok(removals)
+    }
+
+    /// `of` is of each node, in their order.
+    fn compare(&self, of: &[&Value], errors: &mut Errors) -> Result<()> {
+        let home = of.iter().find(|timeline| timeline["home"] == true).context("no home")?;
+        let deleted_ns = self.deleted_ns()?;
+        errors.add("deletion", ms(self.at(home, "deletionRequested")?, deleted_ns), "")?;
+        self.compare_process(home, errors)?;
+        for (node, timeline) in self.stage.cluster.network.nodes.iter().zip(of) {
+            let what = node.name;
+            ensure!(timeline["censored"] == serde_json::json!([]), "{what} censors it");
+            let removed_ns = self.compare_removals(node.name, timeline, errors)?;
+            let gap_ms = self.gap_ms(home, timeline)?;
+            errors.add("gap", gap_ms - ms(removed_ns, deleted_ns), what)?;
+        }
+        Ok(())
+    }
+
+    /// The gap as the report computes it, after checking that its parts add up.
+    fn gap_ms(&self, home: &Value, timeline: &Value) -> Result<f64> {
+        let deleted = self.at(home, "deletionRequested")?;
+        let to_slice = ms(self.at(home, "endpointTerminating")?, deleted);
+        let listed = self.at(timeline, "endpointTerminating")?;
+        let to_removal = ms(self.at(timeline, "backendRemoved")?, listed);
+        ensure!(to_slice >= 0.0, "the slice changed {to_slice} ms after the request");
+        ensure!(to_removal >= 0.0, "the rules changed {to_removal} ms after the slice");
+        if timeline["home"] == true {
+            let gap = timeline["gapSeconds"].as_f64().context("no gapSeconds")? * 1e3;
+            ensure!(
+                (gap - to_slice - to_removal).abs() <= ROUNDING_MS,
+                "a gap of {gap} ms is not {to_slice} + {to_removal}"
+            );
+        }
+        Ok(to_slice + to_removal)
+    }
+
+    /// Compares each Service's removals; gives the last of all.
+    fn compare_removals(&self, node: &str, timeline: &Value, errors: &mut Errors) -> Result<u64> {
+        let listed = timeline["removals"].as_array().context("removals")?;
+        let mut last_ns = 0;
+        let mut expected = 0;
+        for behind in self.workload.behind {
+            let truth = self.removals_ns(node, behind)?;
+            let of_service = listed.iter().filter(|r| r["service"] == behind.service_port);
+            let mut measured = of_service
+                .map(|removal| removal["backendRemoved"]["bootNs"].as_u64())
+                .collect::<Option<Vec<u64>>>()
+                .with_context(|| format!("{}: a backend is still there", behind.service_port))?;
+            measured.sort_unstable();
+            ensure!(
+                measured.len() == truth.len(),
+                "{node}: {} removals of {}, the watcher saw {}",
+                measured.len(),
+                behind.service_port,
+                truth.len()
+            );
+            for (measured, truth) in measured.iter().zip(&truth) {
+                errors.add("removal", ms(*measured, *truth), behind.service_port)?;
+            }
+            expected += truth.len();
+            last_ns = last_ns.max(truth.last().copied().unwrap_or_default());
+        }
+        ensure!(listed.len() == expected, "{node}: {} removals of {expected}", listed.len());
+        Ok(last_ns)
+    }
+
+    /// What the kubelet did to the process, and what came of it.
+    fn compare_process(&self, home: &Value, errors: &mut Errors) -> Result<()> {
+        let life = self.life()?;
+        for (quantity, instant, truth_ns) in [
+            ("SIGTERM", "sigterm", life.sigterm_sent_ns),
+            ("close", "listenerClosed", life.listener_closed_ns),
+            ("exit", "processExited", life.exited_ns),
+        ] {
+            if let Some(truth_ns) = truth_ns {
+                errors.add(quantity, ms(self.at(home, instant)?, truth_ns), "")?;
+            }
+        }
+        Ok(())
+    }
+
+    fn at(&self, timeline: &Value, instant: &str) -> Result<u64> {
+        let at = timeline["instants"][instant]["bootNs"].as_u64();
+        at.with_context(|| format!("{}: {instant} is not known", self.uid))
+    }
+}
+
+/// From `from_ns` to `to_ns`, in ms.
+#[expect(clippy::cast_precision_loss, reason = "spans of minutes, to microseconds")]
+fn ms(to_ns: u64, from_ns: u64) -> f64 {
+    to_ns.wrapping_sub(from_ns).cast_signed() as f64 / 1e6
+}
