@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::e2e::cluster::Cluster;
 use crate::e2e::proxy::Dataplane;
 use crate::e2e::watcher::Watcher;
+use crate::lab::agent;
 use crate::lab::network::Family;
 use crate::step::say;
 use compare::Errors;
@@ -85,13 +86,15 @@ fn rolls_under_load(stage: &mut Stage, tell: &dyn Fn(&str)) -> Result<Value> {
     let mut errors = Errors::default();
     compare::samples(stage, &WEB, &ended, &mut errors)?;
     let seen = clients.stop()?;
+    let counted = compare::refused(stage, &ended)?;
     tell(&format!("rolled, scaled and drained: {}", errors.summary()));
     tell(&format!(
-        "  of {} connections {} were refused, {} lost",
+        "of {} connections {} were refused, {} lost; the agents counted {counted}",
         seen.attempts,
         seen.refused(),
         seen.lost
     ));
+    ensure!(u64::try_from(seen.refused())? == counted, "refused, clients and agents");
     Ok(web)
 }
 
@@ -118,6 +121,11 @@ fn ends_of_every_kind(stage: &mut Stage, tell: &dyn Fn(&str)) -> Result<()> {
     stage.create(&SINGLE)?;
     let alone = stage.roll(&SINGLE).context("the roll of a single replica")?;
     compare::no_samples(stage, &alone, "no other endpoint")?;
+    for (workload, wanted) in [(&MANY, MANY.replicas), (&SINGLE, 0)] {
+        let report = stage.report(workload)?;
+        let samples = &report["recommendation"]["samples"];
+        ensure!(*samples == wanted, "{samples} samples, not {wanted}: {report:#}");
+    }
     tell("a forced deletion and the roll of a single replica are no samples");
     Ok(())
 }
@@ -128,7 +136,7 @@ fn no_refusal_with_the_recommended_sleep(
     web: &Value,
     tell: &dyn Fn(&str),
 ) -> Result<()> {
-    let seconds = stage.recommended_sleep("web")?;
+    let seconds = agent::recommended_sleep(&stage.report(&WEB)?)?;
     stage.change(&WEB, &Workload::pre_stop_sleep(seconds)).context("applying the sleep")?;
     let clients = stage.connect(web)?;
     let ended = stage.roll(&WEB).context("the roll with the sleep")?;

@@ -189,8 +189,8 @@ impl Stage {
         nodes.flat_map(|node| workload.behind.iter().map(move |behind| (node, behind)))
     }
 
-    /// The preStop sleep that a report over both agents recommends for a workload.
-    pub(super) fn recommended_sleep(&self, workload: &str) -> Result<u64> {
+    /// What a report over both agents says of a workload.
+    pub(super) fn report(&self, workload: &Workload) -> Result<Value> {
         let network = &self.cluster.network;
         let urls: Vec<String> =
             network.nodes.iter().map(|node| agent::url(node.addresses.v4.into())).collect();
@@ -198,8 +198,8 @@ impl Stage {
         let report: Value =
             serde_json::from_str(&report).context("observer report --output json")?;
         let workloads = report["workloads"].as_array().context("no workloads in the report")?;
-        let of = workloads.iter().find(|known| known["name"] == workload);
-        agent::recommended_sleep(of.with_context(|| format!("{workload} is not in {report:#}"))?)
+        let of = workloads.iter().find(|known| known["name"] == workload.name);
+        of.cloned().with_context(|| format!("{} is not in {report:#}", workload.name))
     }
 
     /// Clients of a Service on both nodes and outside.
