@@ -3,4 +3,5 @@
 pub mod demo;
 pub mod guest;
 pub mod lab;
+pub mod scale;
 pub mod step;

@@ -73,6 +73,12 @@ impl Agent {
         Ok(agent)
     }
 
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// `GET` of a path; the body of a 200.
     ///
     /// # Errors
