@@ -209,23 +209,28 @@ pub struct Conditions {
     pub terminating: bool,
 }
 
-/// One address and port of one endpoint in one `EndpointSlice`.
+/// One address of one endpoint in one `EndpointSlice`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// The Service port it serves.
-    pub service: ServicePort,
-    /// Transport protocol.
-    pub protocol: Protocol,
     /// The endpoint's address.
     pub address: IpAddr,
-    /// The endpoint's port.
-    pub port: u16,
     /// Its conditions.
     pub conditions: Conditions,
     /// `targetRef` when it is a pod: namespace, name and uid.
     pub pod: Option<TargetPod>,
     /// `nodeName`
     pub node: Option<Arc<str>>,
+}
+
+/// A port that every endpoint of an `EndpointSlice` has.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct EndpointPort {
+    /// The Service port it serves.
+    pub service: ServicePort,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// The endpoints' port.
+    pub port: u16,
 }
 
 /// The pod behind an endpoint.
@@ -246,7 +251,9 @@ pub struct SliceObserved {
     pub at: BootNs,
     /// `namespace/name` of the object.
     pub slice: Arc<str>,
-    /// Every address and port it lists.
+    /// Every port it lists.
+    pub ports: Vec<EndpointPort>,
+    /// Every address it lists.
     pub endpoints: Vec<Endpoint>,
 }
 

@@ -23,6 +23,7 @@ pub mod report;
 pub mod agent;
 pub mod cli;
 pub mod logging;
+pub mod memory;
 
 #[doc(hidden)]
 pub mod fuzzing;

@@ -8,7 +8,7 @@ use clap::Parser as _;
 use observer::cli::{BackendsArgs, Cli, Command, LogFormat, ReportArgs, RunArgs};
 use observer::dataplane::Settings;
 use observer::kernel::{self, StartError};
-use observer::{agent, backends, logging, report};
+use observer::{agent, backends, logging, memory, report};
 
 /// The daemon waits far more than it works, and the node's cores belong to its pods: a thread per
 /// core would only cost memory.
@@ -33,6 +33,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: RunArgs) -> anyhow::Result<()> {
+    memory::give_back_early();
     logging::install(args.log_format, &args.log_level)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)

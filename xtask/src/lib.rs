@@ -5,4 +5,5 @@ pub mod demo;
 pub mod e2e;
 pub mod guest;
 pub mod lab;
+pub mod scale;
 pub mod step;

@@ -43,8 +43,9 @@ pub const ALL: [(&str, Parser); 11] = [
 const DEPTH: usize = 32;
 /// `struct ipt_getinfo`
 const INFO_BYTES: usize = 84;
-/// An EndpointSlice has at most 1,000 endpoints and 100 ports (`discovery.k8s.io/v1`).
-const SLICE_ENDPOINTS: usize = 100_000;
+/// What an EndpointSlice has at most (`discovery.k8s.io/v1`).
+const SLICE_ENDPOINTS: usize = 1_000;
+const SLICE_PORTS: usize = 100;
 const NOW: BootNs = BootNs(1_000_000_000);
 
 /// Notifications of any number of commits, from a namespace without tables on.
@@ -186,6 +187,7 @@ pub fn slices(bytes: &[u8]) {
     for fact in facts {
         if let observer::facts::ClusterFact::Slice(slice) = fact {
             assert!(slice.endpoints.len() <= SLICE_ENDPOINTS);
+            assert!(slice.ports.len() <= SLICE_PORTS);
         }
     }
 }

@@ -38,6 +38,10 @@ use hooks::{CommitHooks, Maps};
 /// that the source waits, and the kernel's ring buffer or the API server holds the rest.
 const FACTS: usize = 4096;
 
+/// Facts of the cluster that may wait: one may hold a whole slice of endpoints, and a first list all
+/// of a large cluster's.
+const CLUSTER_FACTS: usize = 256;
+
 /// Questions of the HTTP API that may wait.
 const QUESTIONS: usize = 16;
 
@@ -104,7 +108,7 @@ fn start(settings: Settings, listener: TcpListener, server: Server) -> anyhow::R
 
     let node: Arc<str> = settings.node.into();
     let (event_sender, events) = mpsc::channel(FACTS);
-    let (fact_sender, facts) = mpsc::channel(FACTS);
+    let (fact_sender, facts) = mpsc::channel(CLUSTER_FACTS);
     let (update_sender, updates) = mpsc::channel(FACTS);
     let (commit_sender, commit_signals) = mpsc::channel(FACTS);
     let maps = Maps::new(settings.cilium_maps.clone(), kernel.watched);

@@ -4,6 +4,7 @@
 //! turned into a fact and forgotten. The conversions are pure (`pod`, `slice`).
 
 mod pod;
+mod received;
 mod slice;
 mod watch;
 
@@ -61,7 +62,7 @@ pub struct Server {
 /// # Errors
 /// When the file cannot be read or used, there is none and this is not a pod, or a proxy is set.
 pub async fn server(kubeconfig: Option<&Path>) -> anyhow::Result<Server> {
-    let config = match kubeconfig {
+    let mut config = match kubeconfig {
         Some(path) => from_file(path).await.map_err(|error| {
             anyhow!("kubeconfig {} cannot be used: check --kubeconfig: {error}", path.display())
         })?,
@@ -76,6 +77,8 @@ pub async fn server(kubeconfig: Option<&Path>) -> anyhow::Result<Server> {
              HTTP_PROXY, and take proxy-url out of the kubeconfig"
         );
     }
+    // The client would repeat a request at HTTP 503 by itself, and nobody would learn of the outage.
+    config.default_retry = false;
     let address = address(&config.cluster_url).into();
     let client = kube::Client::try_from(config)
         .map_err(|error| anyhow!("no client for the API server: {}", words(&error)))?;
@@ -115,12 +118,12 @@ pub async fn run(server: &Server, node: &str, facts: mpsc::Sender<ClusterFact>, 
 
 /// What a page of a list, or an event of a watch, says of pods.
 pub(crate) fn replay_pods(body: &[u8], at: BootNs, offset: WallOffset) -> Vec<ClusterFact> {
-    watch::replay::<Pod>(body, at, offset)
+    received::replay::<Pod>(body, at, offset)
 }
 
 /// What a page of a list, or an event of a watch, says of EndpointSlices.
 pub(crate) fn replay_slices(body: &[u8], at: BootNs, offset: WallOffset) -> Vec<ClusterFact> {
-    watch::replay::<EndpointSlice>(body, at, offset)
+    received::replay::<EndpointSlice>(body, at, offset)
 }
 
 #[cfg(test)]

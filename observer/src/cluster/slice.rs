@@ -3,21 +3,24 @@
 //! Pure. Slices that belong to no Service and addresses that are host names (`addressType: FQDN`)
 //! hold nothing that a dataplane sends connections to: they convert to no endpoints.
 
+use std::borrow::Cow;
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use serde::Deserialize;
+use serde::de::{IgnoredAny, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use crate::clock::WallOffset;
 use crate::facts::{
-    BootNs, ClusterFact, Conditions, Endpoint, PodUid, Protocol, ServicePort, SliceObserved,
-    TargetPod,
+    BootNs, ClusterFact, Conditions, Endpoint, EndpointPort, PodUid, Protocol, ServicePort,
+    SliceObserved, TargetPod,
 };
 
 use super::watch::Watched;
 
-/// What the API server allows in one slice (`discovery.k8s.io/v1`). Every endpoint is kept with
-/// every port, so that without these a hostile slice would take memory with its square.
+/// What the API server allows in one slice (`discovery.k8s.io/v1`). Every endpoint has every port, so
+/// that without these a hostile slice would take time with its square.
 const MAX_ENDPOINTS: usize = 1000;
 const MAX_PORTS: usize = 100;
 
@@ -49,7 +52,7 @@ struct Labels {
 #[serde(rename_all = "camelCase")]
 struct SliceEndpoint {
     #[serde(default)]
-    addresses: Vec<String>,
+    addresses: FirstAddress,
     #[serde(default)]
     conditions: SliceConditions,
     target_ref: Option<TargetRef>,
@@ -65,10 +68,43 @@ struct SliceConditions {
 
 #[derive(Clone, Debug, Deserialize)]
 struct TargetRef {
-    kind: Option<String>,
+    kind: Option<Kind>,
     namespace: Option<Arc<str>>,
     name: Option<Arc<str>>,
     uid: Option<PodUid>,
+}
+
+/// What a target is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+enum Kind {
+    Pod,
+    #[serde(other)]
+    Other,
+}
+
+/// Of several addresses only the first means anything, says the API, and kube-proxy looks at no
+/// other. `None` when it is a host name.
+#[derive(Clone, Copy, Debug, Default)]
+struct FirstAddress(Option<IpAddr>);
+
+impl<'de> Deserialize<'de> for FirstAddress {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(Self(None))
+    }
+}
+
+impl<'de> Visitor<'de> for FirstAddress {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of addresses")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut addresses: A) -> Result<Self, A::Error> {
+        let first = addresses.next_element::<Cow<'_, str>>()?;
+        while addresses.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Self(first.and_then(|text| text.parse().ok())))
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -92,49 +128,43 @@ impl Watched for EndpointSlice {
     }
 
     fn observed(&self, at: BootNs, _offset: WallOffset) -> ClusterFact {
-        let service = self.metadata.labels.service.as_deref();
-        let endpoints = service.map(|service| endpoints(self, service)).unwrap_or_default();
-        ClusterFact::Slice(SliceObserved { at, slice: self.key(), endpoints })
+        let (mut ports, mut endpoints) = (Vec::new(), Vec::new());
+        if let Some(service) = &self.metadata.labels.service {
+            (ports, endpoints) = (self::ports(self, service), self::endpoints(self));
+        }
+        ClusterFact::Slice(SliceObserved { at, slice: self.key(), ports, endpoints })
     }
 
     fn removed(slice: Arc<str>, at: BootNs) -> ClusterFact {
-        ClusterFact::Slice(SliceObserved { at, slice, endpoints: Vec::new() })
+        let (ports, endpoints) = (Vec::new(), Vec::new());
+        ClusterFact::Slice(SliceObserved { at, slice, ports, endpoints })
     }
 }
 
-/// Every endpoint with every port. Of several addresses only the first means anything, says the
-/// API, and kube-proxy looks at no other. A port without a number means all ports, which no dataplane
-/// turns into a backend.
-fn endpoints(slice: &EndpointSlice, service: &str) -> Vec<Endpoint> {
+/// A port without a number means all ports, which no dataplane turns into a backend.
+fn ports(slice: &EndpointSlice, service: &str) -> Vec<EndpointPort> {
     let namespace = &slice.metadata.namespace;
-    let ports: Vec<(ServicePort, Protocol, u16)> = slice
-        .ports
-        .iter()
-        .flatten()
-        .take(MAX_PORTS)
-        .filter_map(|port| {
-            let service_port = service_port(namespace, service, port.name.as_deref());
-            Some((service_port, port.protocol.unwrap_or(Protocol::Tcp), port.port?))
+    let port = |port: &SlicePort| {
+        Some(EndpointPort {
+            service: service_port(namespace, service, port.name.as_deref()),
+            protocol: port.protocol.unwrap_or(Protocol::Tcp),
+            port: port.port?,
         })
-        .collect();
-    let mut found = Vec::new();
-    for endpoint in slice.endpoints.iter().flatten().take(MAX_ENDPOINTS) {
-        let conditions = conditions(&endpoint.conditions);
-        let pod = endpoint.target_ref.as_ref().and_then(|target| target_pod(target, namespace));
-        let address = endpoint.addresses.first().and_then(|text| text.parse::<IpAddr>().ok());
-        if let Some(address) = address {
-            found.extend(ports.iter().map(|(service, protocol, port)| Endpoint {
-                service: service.clone(),
-                protocol: *protocol,
-                address,
-                port: *port,
-                conditions,
-                pod: pod.clone(),
-                node: endpoint.node_name.clone(),
-            }));
-        }
-    }
-    found
+    };
+    slice.ports.iter().flatten().take(MAX_PORTS).filter_map(port).collect()
+}
+
+fn endpoints(slice: &EndpointSlice) -> Vec<Endpoint> {
+    let namespace = &slice.metadata.namespace;
+    let endpoint = |endpoint: &SliceEndpoint| {
+        Some(Endpoint {
+            address: endpoint.addresses.0?,
+            conditions: conditions(&endpoint.conditions),
+            pod: endpoint.target_ref.as_ref().and_then(|target| target_pod(target, namespace)),
+            node: endpoint.node_name.clone(),
+        })
+    };
+    slice.endpoints.iter().flatten().take(MAX_ENDPOINTS).filter_map(endpoint).collect()
 }
 
 fn service_port(namespace: &str, service: &str, port: Option<&str>) -> ServicePort {
@@ -153,7 +183,7 @@ fn conditions(given: &SliceConditions) -> Conditions {
 }
 
 fn target_pod(target: &TargetRef, namespace: &Arc<str>) -> Option<TargetPod> {
-    target.kind.as_deref().filter(|kind| *kind == "Pod")?;
+    target.kind.filter(|kind| *kind == Kind::Pod)?;
     Some(TargetPod {
         uid: target.uid.clone()?,
         namespace: target.namespace.clone().unwrap_or_else(|| namespace.clone()),

@@ -10,17 +10,18 @@
 use std::collections::BTreeSet;
 use std::error::Error;
 use std::fmt::Debug;
+use std::io;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
-use futures::TryStreamExt as _;
-use kube::api::{ListParams, WatchEvent, WatchParams};
-use kube::core::{ObjectList, Request};
+use axum::http::{HeaderValue, header};
+use futures::AsyncBufReadExt as _;
+use kube::api::{ListParams, WatchParams};
+use kube::core::Request;
 use kube::runtime::watcher::DefaultBackoff;
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
@@ -31,6 +32,7 @@ use crate::facts::{Blindness, BootNs, ClusterFact};
 use crate::readiness::Item;
 
 use super::Server;
+use super::received::{Event, Page, Received};
 
 /// How long the server is asked to keep one watch open. Client-go uses 5 to 10 minutes; below 5
 /// also satisfies load balancers that cut a connection after 5 minutes.
@@ -59,12 +61,16 @@ const REPLAY: Duration = Duration::from_secs(1);
 /// than the pause.
 const PAUSE: Duration = Duration::from_millis(250);
 
+/// How often a watch that is down says so: sooner than a timeline closes after its last instant
+/// ([`correlate`](crate::correlate) waits 3 s), or one could close as a sample meanwhile.
+const TELL: Duration = Duration::from_secs(2);
+
 /// A watch that the server ends sooner than this is not the ordinary timeout: the next attempt
 /// waits, or a confused server would be asked in a tight loop.
 const SHORTEST: Duration = Duration::from_secs(1);
 
 /// A kind of object that can be watched.
-pub(super) trait Watched: Clone + Debug + DeserializeOwned + Send + 'static {
+pub(super) trait Watched: Debug + DeserializeOwned + Send + 'static {
     /// What stays the same over the object's life, and never names another.
     type Key: Clone + Ord + Send;
     /// The watch's name, for a person.
@@ -79,32 +85,6 @@ pub(super) trait Watched: Clone + Debug + DeserializeOwned + Send + 'static {
     fn observed(&self, at: BootNs, offset: WallOffset) -> ClusterFact;
     /// That the object with this key is gone, seen at `at`.
     fn removed(key: Self::Key, at: BootNs) -> ClusterFact;
-}
-
-/// An object as it came. Any object has metadata; the rest may be of a form that this daemon does
-/// not know.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
-enum Received<K> {
-    Readable(K),
-    Unreadable { metadata: AnyMetadata },
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct AnyMetadata {
-    namespace: Option<String>,
-    name: String,
-    resource_version: String,
-}
-
-impl<K: Watched> Received<K> {
-    fn resource_version(&self) -> &str {
-        match self {
-            Self::Readable(object) => object.resource_version(),
-            Self::Unreadable { metadata } => &metadata.resource_version,
-        }
-    }
 }
 
 /// Watches one collection and reports into `facts`.
@@ -159,8 +139,28 @@ impl<K: Watched> Watch<K> {
             self.readiness.down(why);
             self.interrupted = true;
             self.blind_until(clock::now()).await;
-            sleep(backoff.next().unwrap_or(ANSWER)).await;
+            self.telling(sleep(backoff.next().unwrap_or(ANSWER))).await;
         }
+    }
+
+    /// Waits, and meanwhile says that nothing is seen.
+    async fn telling<T>(&mut self, awaited: impl Future<Output = T>) -> T {
+        let mut awaited = pin!(awaited);
+        loop {
+            tokio::select! {
+                outcome = &mut awaited => return outcome,
+                () = sleep(TELL) => {
+                    let now = clock::now();
+                    self.note_pause(now);
+                    self.blind_until(now).await;
+                }
+            }
+        }
+    }
+
+    fn note_pause(&mut self, now: BootNs) {
+        let pause = self.good.map_or(0.0, |good| now.seconds_since(good));
+        self.interrupted |= pause > PAUSE.as_secs_f64();
     }
 
     /// Reads the whole collection; objects known before that it lacks were removed unseen.
@@ -173,18 +173,20 @@ impl<K: Watched> Watch<K> {
         };
         loop {
             let request = Request::new(K::PATH).list(&params).context("list request")?;
-            let page: ObjectList<Received<K>> =
-                timeout(ANSWER, self.server.client.request(request))
-                    .await
-                    .map_err(|_elapsed| anyhow!("no answer to the list within {ANSWER:?}"))?
-                    .map_err(|error| explain("cannot list", error))?;
-            let (at, offset) = (clock::now(), WallOffset::measure());
-            for object in page.items {
+            let client = self.server.client.clone();
+            let page: Page<K> = self
+                .telling(timeout(ANSWER, client.request(request)))
+                .await
+                .map_err(|_elapsed| anyhow!("no answer to the list within {ANSWER:?}"))?
+                .map_err(|error| explain("cannot list", error))?;
+            let offset = WallOffset::measure();
+            for object in page.items.into_iter().flatten() {
                 let Some(object) = self.readable(object) else { continue };
                 listed.insert(object.key());
-                self.send(object.observed(at, offset)).await;
+                // Each at a moment of its own: what two slices say of an endpoint has an order.
+                self.send(object.observed(clock::now(), offset)).await;
             }
-            params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
+            params.continue_token = page.metadata.next.filter(|token| !token.is_empty());
             if params.continue_token.is_none() {
                 let version = page.metadata.resource_version.filter(|version| !version.is_empty());
                 self.version = Some(version.context("the list has no resourceVersion")?);
@@ -214,25 +216,40 @@ impl<K: Watched> Watch<K> {
             bookmarks: true,
             ..WatchParams::default()
         };
-        let request = Request::new(K::PATH).watch(&params, version).context("watch request")?;
-        let events = timeout(ANSWER, self.server.client.request_events::<Received<K>>(request))
+        let mut request = Request::new(K::PATH).watch(&params, version).context("watch request")?;
+        // Of a compressed stream the client would read the first event only (Kubernetes 1.37).
+        let uncompressed = HeaderValue::from_static("identity");
+        request.headers_mut().insert(header::ACCEPT_ENCODING, uncompressed);
+        let client = self.server.client.clone();
+        let events = self
+            .telling(timeout(ANSWER, client.request_stream(request)))
             .await
             .map_err(|_elapsed| anyhow!("no answer to the watch within {ANSWER:?}"))?
             .map_err(|error| self.failed("cannot watch", error))?;
         let opened = clock::now();
         self.opened(opened).await;
         let mut events = pin!(events);
+        let mut line = Vec::new();
         loop {
-            let event = timeout(SILENCE, events.try_next()).await;
+            line.clear();
+            let read = timeout(SILENCE, events.read_until(b'\n', &mut line)).await;
             let at = clock::now();
-            match event {
+            match read {
                 Err(_elapsed) => bail!("no word from the API server for {SILENCE:?}"),
-                Ok(Err(error)) => return Err(self.failed("the watch broke", error)),
-                Ok(Ok(Some(event))) => self.take(event, at).await?,
-                Ok(Ok(None)) if at.seconds_since(opened) < SHORTEST.as_secs_f64() => {
+                Ok(Err(error)) if !is_end(&error) => {
+                    bail!("the watch broke: {}", words(&error))
+                }
+                // As some proxies send to keep a connection open.
+                Ok(Ok(_)) if line == b"\n" => {}
+                Ok(Ok(_)) if line.ends_with(b"\n") => {
+                    let event = Event::read(&line).context("the watch broke")?;
+                    self.take(event, at).await?;
+                }
+                // The end; what was cut inside an event comes again.
+                Ok(_) if at.seconds_since(opened) < SHORTEST.as_secs_f64() => {
                     bail!("the API server ended the watch at once")
                 }
-                Ok(Ok(None)) => {
+                Ok(_) => {
                     self.good = Some(at);
                     return Ok(());
                 }
@@ -241,8 +258,7 @@ impl<K: Watched> Watch<K> {
     }
 
     async fn opened(&mut self, at: BootNs) {
-        let pause = self.good.map_or(0.0, |good| at.seconds_since(good));
-        self.interrupted |= pause > PAUSE.as_secs_f64();
+        self.note_pause(at);
         self.blind_until(at.plus(REPLAY)).await;
         self.interrupted = false;
         self.good = Some(at);
@@ -250,15 +266,15 @@ impl<K: Watched> Watch<K> {
         debug!("{} open", K::NAME);
     }
 
-    async fn take(&mut self, event: WatchEvent<Received<K>>, at: BootNs) -> anyhow::Result<()> {
+    async fn take(&mut self, event: Event<K>, at: BootNs) -> anyhow::Result<()> {
         match event {
-            WatchEvent::Added(object) | WatchEvent::Modified(object) => {
+            Event::Present(object) => {
                 if let Some(object) = self.next_version(object) {
                     self.known.insert(object.key());
                     self.send(object.observed(at, WallOffset::measure())).await;
                 }
             }
-            WatchEvent::Deleted(object) => {
+            Event::Deleted(object) => {
                 if let Some(object) = self.next_version(object) {
                     self.known.remove(&object.key());
                     // A forced delete sets the deletion and removes the object in one step: only
@@ -267,10 +283,8 @@ impl<K: Watched> Watch<K> {
                     self.send(K::removed(object.key(), at)).await;
                 }
             }
-            WatchEvent::Bookmark(bookmark) => {
-                self.version = Some(bookmark.metadata.resource_version);
-            }
-            WatchEvent::Error(status) => {
+            Event::Bookmark(version) => self.version = Some(version),
+            Event::Error(status) => {
                 return Err(self.failed("the watch broke", kube::Error::Api(status)));
             }
         }
@@ -288,7 +302,7 @@ impl<K: Watched> Watch<K> {
     fn readable(&self, object: Received<K>) -> Option<K> {
         match object {
             Received::Readable(object) => Some(object),
-            Received::Unreadable { metadata } => {
+            Received::Unreadable(metadata) => {
                 let before = self.unreadable.fetch_add(1, Ordering::Relaxed);
                 let (namespace, name) = (metadata.namespace, metadata.name);
                 if before == 0 {
@@ -326,26 +340,10 @@ impl<K: Watched> Watch<K> {
     }
 }
 
-/// What the readable objects say of a page of a list, or of an event of a watch, without a server;
-/// nothing when it is neither.
-pub(super) fn replay<K: Watched>(body: &[u8], at: BootNs, offset: WallOffset) -> Vec<ClusterFact> {
-    let mut received = Vec::new();
-    if let Ok(page) = serde_json::from_slice::<ObjectList<Received<K>>>(body) {
-        received = page.items;
-    } else if let Ok(
-        WatchEvent::Added(object) | WatchEvent::Modified(object) | WatchEvent::Deleted(object),
-    ) = serde_json::from_slice(body)
-    {
-        received.push(object);
-    }
-    let mut facts = Vec::new();
-    for object in received {
-        if let Received::Readable(object) = object {
-            facts.push(object.observed(at, offset));
-            facts.push(K::removed(object.key(), at));
-        }
-    }
-    facts
+/// Whether an error while reading means that the connection was closed: some load balancers do so
+/// after minutes, and nothing is missed by it.
+fn is_end(error: &io::Error) -> bool {
+    words(error).to_ascii_lowercase().contains("unexpected eof")
 }
 
 /// The API server's own words where it has any: they say what a person must change.

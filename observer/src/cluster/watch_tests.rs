@@ -24,6 +24,8 @@ enum Answer {
     Open(Vec<Value>),
     /// Watch events, after which the server ends the stream a little later than [`SHORTEST`].
     Ended(Vec<Value>),
+    /// The same, with anything in place of events.
+    Raw(String),
 }
 
 #[derive(Clone, Default)]
@@ -35,10 +37,15 @@ struct Script {
 async fn answer(State(script): State<Script>, uri: Uri) -> Response {
     script.asked.lock().expect("no panic").push(uri.query().unwrap_or_default().to_owned());
     let next = script.answers.lock().expect("no panic").pop_front();
+    let text = |text: String| futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(text))]);
     let lines = |events: Vec<Value>| {
         let lines: Vec<String> = events.iter().map(ToString::to_string).collect();
-        futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(lines.join("\n") + "\n"))])
+        text(lines.join("\n") + "\n")
     };
+    let end = futures::stream::once(async {
+        sleep(SHORTEST + Duration::from_millis(50)).await;
+        Ok(Bytes::new())
+    });
     match next {
         Some(Answer::Whole(status, body)) => {
             let status = StatusCode::from_u16(status).expect("a status");
@@ -47,13 +54,8 @@ async fn answer(State(script): State<Script>, uri: Uri) -> Response {
         Some(Answer::Open(events)) => {
             Body::from_stream(lines(events).chain(futures::stream::pending())).into_response()
         }
-        Some(Answer::Ended(events)) => {
-            let end = futures::stream::once(async {
-                sleep(SHORTEST + Duration::from_millis(50)).await;
-                Ok(Bytes::new())
-            });
-            Body::from_stream(lines(events).chain(end)).into_response()
-        }
+        Some(Answer::Ended(events)) => Body::from_stream(lines(events).chain(end)).into_response(),
+        Some(Answer::Raw(raw)) => Body::from_stream(text(raw).chain(end)).into_response(),
         None => Body::from_stream(lines(vec![]).chain(futures::stream::pending())).into_response(),
     }
 }
@@ -74,7 +76,9 @@ async fn watch(answers: Vec<Answer>) -> Bench {
     let server = Router::new().fallback(answer).with_state(script.clone());
     tokio::spawn(async move { axum::serve(listener, server).await });
     let url = format!("http://{address}").parse().expect("a URL");
-    let client = kube::Client::try_from(kube::Config::new(url)).expect("a client");
+    let mut config = kube::Config::new(url);
+    config.default_retry = false;
+    let client = kube::Client::try_from(config).expect("a client");
     let server = Server { client, address: "http://api.example".into() };
     let (sender, facts) = mpsc::channel(4);
     let readiness = Readiness::default();
@@ -100,6 +104,13 @@ impl Bench {
                 format!("blind {source}")
             }
         }
+    }
+
+    /// The next fact, which is a span of blindness.
+    async fn next_blind(&mut self) -> Blindness {
+        let fact = timeout(Duration::from_secs(10), self.facts.recv()).await.expect("in time");
+        let Some(ClusterFact::Blind(blindness)) = fact else { panic!("{fact:?}") };
+        blindness
     }
 
     fn asked(&self) -> Vec<String> {
@@ -289,4 +300,42 @@ fn a_cause_that_is_already_told_is_not_told_twice() {
     assert_eq!(words(&told), "Error reading events stream: connection refused");
     let untold = anyhow::Error::new(io()).context("cannot connect");
     assert_eq!(words(untold.as_ref()), "cannot connect: connection refused");
+}
+
+#[tokio::test]
+async fn an_event_may_name_its_type_last_and_an_event_that_is_cut_off_comes_again() {
+    let last = |kind: &str, object: &Value| format!("{{\"object\":{object},\"type\":\"{kind}\"}}");
+    let cut = "{\"type\":\"ADDED\",\"object\":{\"meta".to_owned();
+    let mut bench = watch(vec![
+        list("5", "", &[]),
+        Answer::Raw(format!("{}\n{cut}", last("ADDED", &pod("a", "6")))),
+        Answer::Open(vec![event("ADDED", &pod("b", "7"))]),
+    ])
+    .await;
+    assert_eq!(bench.next().await, "pod a");
+    assert_eq!(bench.next().await, "pod b");
+    assert!(bench.asked()[2].contains("resourceVersion=6"), "{:?}", bench.asked());
+    assert_eq!(bench.item.failures(), 0);
+}
+
+#[tokio::test]
+async fn an_api_server_that_is_away_is_asked_again_at_longer_and_longer_intervals() {
+    let away = || Answer::Whole(503, json!({"kind": "Status", "message": "away", "code": 503}));
+    let mut bench = watch(vec![list("5", "", &[pod("a", "1")]), away(), away(), away()]).await;
+    assert_eq!(bench.next().await, "pod a");
+    let mut blind = vec![bench.next_blind().await];
+    while bench.asked().len() < 5 {
+        blind.push(bench.next_blind().await);
+    }
+    // 0.8 s, doubled each time, each with up to as much again.
+    let away = blind[blind.len() - 1].until.seconds_since(blind[0].from);
+    assert!((5.6..13.0).contains(&away), "{away} s");
+    let told = blind.windows(2).all(|pair| pair[0].until == pair[1].from);
+    assert!(told, "no gap: {blind:?}");
+    let longest =
+        blind[1..].iter().map(|span| span.until.seconds_since(span.from)).fold(0.0, f64::max);
+    assert!(longest < 3.0, "no timeline closes before it is told: {longest} s");
+    bench.ready().await;
+    assert_eq!(bench.item.failures(), 3);
+    assert_eq!(bench.asked().len(), 5, "one list, four openings of a watch");
 }

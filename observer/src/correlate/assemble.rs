@@ -23,8 +23,6 @@ pub(super) type Pods = BTreeMap<PodUid, Pod>;
 /// Everything a timeline is made from.
 #[derive(Clone, Copy)]
 pub(super) struct Assembler<'a> {
-    /// This node's name.
-    pub(super) node: &'a str,
     /// All pods.
     pub(super) pods: &'a Pods,
     /// All other facts.
@@ -48,7 +46,7 @@ impl Assembler<'_> {
         let removals = self.removals(uid, pod, floor, requested);
         let refusals = self.refusals(uid, pod, floor);
         let processes = self.processes(uid, floor);
-        let home = watched.is_some() || pod.node.as_deref() == Some(self.node);
+        let home = watched.is_some() || pod.listed_here;
         let mut timeline = Timeline {
             uid: uid.clone(),
             namespace,

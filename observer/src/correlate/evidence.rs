@@ -3,12 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
 
 use super::assemble::Pods;
+use super::backends::Backends;
 use crate::facts::{
-    Arrivals, Backend, BackendChange, BackendStep, Blindness, BootNs, Happening, KernelEvent,
-    Origin, Outcome, PodUid,
+    Arrivals, BackendChange, Blindness, BootNs, Happening, KernelEvent, Origin, Outcome, PodUid,
 };
 
 /// The network namespace of a pod, which tells apart pods that share an address over time.
@@ -79,9 +78,6 @@ pub(super) struct Count {
 /// whether the kernel counted it.
 pub(super) type Refusals = BTreeMap<(BootNs, SocketAddr, u16), (u32, bool)>;
 
-/// What one backend did, with the uncertainty of each step.
-pub(super) type BackendSteps = BTreeMap<BootNs, (BackendStep, Duration)>;
-
 /// The terminations that are still open: their facts are kept however old they are.
 #[derive(Default)]
 pub(super) struct Open {
@@ -110,7 +106,7 @@ pub(super) struct Evidence {
     /// The kernel's counts, the latest reading of each.
     pub(super) counts: BTreeMap<CountKey, Count>,
     /// Steps of every backend of this node.
-    pub(super) backends: BTreeMap<IpAddr, BTreeMap<Backend, BackendSteps>>,
+    pub(super) backends: Backends,
     /// Spans during which a source may have missed something.
     pub(super) blind: BTreeSet<Blindness>,
 }
@@ -175,11 +171,7 @@ impl Evidence {
 
     /// Takes a change of the node's backends.
     pub(super) fn record_backend(&mut self, change: BackendChange) {
-        let steps = self.backends.entry(change.backend.address).or_default();
-        steps
-            .entry(change.backend)
-            .or_default()
-            .insert(change.at, (change.step, change.uncertainty));
+        self.backends.record(change);
     }
 
     /// Drops what happened before `horizon` and belongs to no `open` termination, but for each
@@ -206,12 +198,7 @@ impl Evidence {
             !facts.is_empty()
         });
         self.forget_refusals(horizon, open);
-        self.backends.retain(|address, backends| {
-            if !open.addresses.contains(address) {
-                backends.retain(|_, steps| keep_since(steps, horizon));
-            }
-            !backends.is_empty()
-        });
+        self.backends.forget_before(horizon, &open.addresses);
     }
 
     /// A count goes on when the details that say when it rose are dropped: what they stood for is
@@ -236,14 +223,4 @@ impl Evidence {
         }
         self.refusals.retain(|_, refusals| !refusals.is_empty());
     }
-}
-
-/// Drops what a backend did before `horizon` but for its latest step; whether anything of use is
-/// left: a backend that was removed before it is not. One that drains is: its removal, however much
-/// later, must not pass for the end of new connections.
-fn keep_since(steps: &mut BackendSteps, horizon: BootNs) -> bool {
-    let Some((latest, (step, _))) = steps.last_key_value() else { return false };
-    let (latest, step) = (*latest, *step);
-    steps.retain(|at, _| *at >= horizon || *at == latest);
-    step != BackendStep::Removed || latest >= horizon
 }

@@ -5,11 +5,13 @@
 //! facts nor a repeated fact can change it.
 
 mod assemble;
+mod backends;
 mod evidence;
 mod pods;
 mod removals;
 mod slices;
 mod timeline;
+mod uid;
 
 #[cfg(test)]
 mod property_tests;
@@ -51,7 +53,6 @@ pub type WorkloadKey = (Arc<str>, Workload);
 
 /// Joins facts and keeps timelines.
 pub struct Correlator {
-    node: Arc<str>,
     pods: Pods,
     slices: Slices,
     evidence: Evidence,
@@ -68,9 +69,8 @@ impl Correlator {
     #[must_use]
     pub fn new(node: &str) -> Self {
         Self {
-            node: Arc::from(node),
             pods: Pods::new(),
-            slices: Slices::default(),
+            slices: Slices::new(Arc::from(node)),
             evidence: Evidence::default(),
             closed: VecDeque::new(),
             retired_refusals: BTreeMap::new(),
@@ -96,7 +96,7 @@ impl Correlator {
 
     /// Takes one endpoint's step.
     pub fn record_endpoint(&mut self, step: EndpointStep) {
-        self.pods.entry(step.pod.uid.clone()).or_default().step(step);
+        self.pods.entry(step.pod.clone()).or_default().step(step);
     }
 
     /// Takes a change of the node's backends.
@@ -117,8 +117,17 @@ impl Correlator {
     }
 
     /// Takes a span during which a source may have missed something.
-    pub fn record_blindness(&mut self, blindness: Blindness) {
-        self.evidence.blind.insert(blindness);
+    pub fn record_blindness(&mut self, mut blindness: Blindness) {
+        let blind = &mut self.evidence.blind;
+        // A source that stays away tells so again and again: one span in all.
+        let continues = |earlier: &&Blindness| {
+            earlier.source == blindness.source && earlier.until == blindness.from
+        };
+        if let Some(earlier) = blind.iter().find(continues).cloned() {
+            blindness.from = earlier.from;
+            blind.remove(&earlier);
+        }
+        blind.insert(blindness);
     }
 
     /// Every timeline kept, and whether it is closed.
@@ -250,7 +259,7 @@ impl Correlator {
     }
 
     fn assembler(&self) -> Assembler<'_> {
-        Assembler { node: &self.node, pods: &self.pods, evidence: &self.evidence }
+        Assembler { pods: &self.pods, evidence: &self.evidence }
     }
 
     fn forget(&mut self, now: BootNs) {

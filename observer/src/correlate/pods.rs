@@ -18,9 +18,9 @@ pub(super) struct Pod {
     pub(super) removed: Option<BootNs>,
     /// Namespace and name, from whichever source came first.
     pub(super) names: Option<(Arc<str>, Arc<str>)>,
-    /// The node, as an `EndpointSlice` names it.
-    pub(super) node: Option<Arc<str>>,
-    /// Its endpoints' steps away from ready.
+    /// Whether an `EndpointSlice` says that it runs on this node.
+    pub(super) listed_here: bool,
+    /// Its endpoints' steps.
     pub(super) endpoints: BTreeMap<EndpointKey, BTreeSet<(BootNs, EndpointState)>>,
     /// Service ports on which no other endpoint was ready when this one began to terminate.
     pub(super) alone_on: BTreeSet<EndpointKey>,
@@ -91,11 +91,9 @@ impl Pod {
 
     /// Joins one step of one of its endpoints.
     pub(super) fn step(&mut self, step: EndpointStep) {
-        self.names.get_or_insert((step.pod.namespace, step.pod.name));
-        if step.node.is_some() {
-            self.node = step.node;
-        }
-        if step.state != EndpointState::NotReady {
+        self.names = self.names.take().or(step.names);
+        self.listed_here |= step.home;
+        if matches!(step.state, EndpointState::Terminating | EndpointState::Gone) {
             if step.alone {
                 self.alone_on.insert(step.endpoint.clone());
             }

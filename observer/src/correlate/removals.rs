@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use super::assemble::{Assembler, earliest};
-use super::evidence::BackendSteps;
+use super::backends::Step;
 use super::pods::Pod;
 use super::slices::{EndpointKey, EndpointState};
 use super::timeline::{Instant, Removal, Source};
@@ -27,9 +27,9 @@ impl Assembler<'_> {
         for address in pod.addresses() {
             let next_owner = self.next_owner(uid, pod, address);
             let exclusive = pod.has_address_since(address).is_some();
-            for (backend, steps) in self.evidence.backends.get(&address).into_iter().flatten() {
+            for (backend, steps) in self.evidence.backends.of(address) {
                 let keys: Vec<&EndpointKey> =
-                    pod.endpoints.keys().filter(|key| is_endpoint_of(backend, key)).collect();
+                    pod.endpoints.keys().filter(|key| is_endpoint_of(&backend, key)).collect();
                 // A node's address, which host-network pods share, or another node's pod's.
                 if keys.is_empty() && !exclusive {
                     continue;
@@ -46,7 +46,7 @@ impl Assembler<'_> {
                     draining,
                     drained,
                 };
-                removals.push((backend.clone(), removal));
+                removals.push((backend, removal));
             }
         }
         removals.sort_by(|one, other| one.0.cmp(&other.0));
@@ -75,29 +75,26 @@ enum Fate {
 
 /// Follows one backend's steps from the floor on, up to the next owner of its address: as the pod
 /// watch shows it, or (another node's pod) whoever is added after the endpoint is `gone`.
-fn fate(
-    steps: &BackendSteps,
-    floor: BootNs,
-    next_owner: Option<BootNs>,
-    gone: Option<BootNs>,
-) -> Fate {
+fn fate(steps: &[Step], floor: BootNs, next_owner: Option<BootNs>, gone: Option<BootNs>) -> Fate {
     // A pod that ended keeps naming an address that may be another's long before it is deleted.
     if next_owner.is_some_and(|next| next <= floor) {
         return Fate::NoBackend;
     }
-    let mut before = steps.range(..floor).next_back().map(|(_, (step, _))| *step);
+    let (earlier, later) = steps.split_at(steps.partition_point(|step| step.at < floor));
+    let mut before = earlier.last().map(|step| step.what);
     let mut known = before == Some(BackendStep::Added);
     let (mut backend_removed, mut drained) = (None, None);
-    for (at, (step, uncertainty)) in steps.range(floor..) {
-        if next_owner.is_some_and(|next| *at >= next) {
+    for step in later {
+        let at = step.at;
+        if next_owner.is_some_and(|next| at >= next) {
             break;
         }
-        let instant =
-            Instant { at: *at, uncertainty: Some(*uncertainty), source: Source::Dataplane };
-        match step {
+        let uncertainty = Some(step.uncertainty());
+        let instant = Instant { at, uncertainty, source: Source::Dataplane };
+        match step.what {
             BackendStep::Added => {
                 let others = next_owner.is_some_and(|next| at.plus(REUSE_SKEW) >= next)
-                    || gone.is_some_and(|gone| *at >= gone);
+                    || gone.is_some_and(|gone| at >= gone);
                 if backend_removed.is_some() && others {
                     break;
                 }
@@ -111,7 +108,7 @@ fn fate(
                 (known, backend_removed) = (true, Some(instant));
             }
         }
-        before = Some(*step);
+        before = Some(step.what);
     }
     let draining = before == Some(BackendStep::Draining);
     if known { Fate::Backend { backend_removed, draining, drained } } else { Fate::NoBackend }
@@ -142,13 +139,20 @@ pub(super) fn endpoint_terminating(
     floor: BootNs,
     requested: Option<Instant>,
 ) -> Option<Instant> {
-    let steps = pod.endpoints.get(key)?;
-    let (at, _) = steps.range((floor, EndpointState::NotReady)..).next()?;
+    let mut steps = pod.endpoints.get(key)?.range((floor, EndpointState::Back)..).peekable();
+    let at = loop {
+        match steps.next()? {
+            (_, EndpointState::Back) => {}
+            // Listed again since: the controller moved it to another slice.
+            (_, EndpointState::Gone) if steps.peek().is_some() => {}
+            (at, _) => break *at,
+        }
+    };
     let uncertainty = requested.and_then(|requested| {
         let begin = requested.at.minus(requested.uncertainty?);
         at.0.checked_sub(begin.0).map(Duration::from_nanos)
     });
-    Some(Instant { at: *at, uncertainty, source: Source::SliceWatch })
+    Some(Instant { at, uncertainty, source: Source::SliceWatch })
 }
 
 #[cfg(test)]

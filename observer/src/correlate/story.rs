@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::*;
 use crate::facts::{
     Backend, BackendStep, Deletion, Happening, Origin, PodObserved, Protocol, ServiceName,
-    ServicePort, TargetPod,
+    ServicePort,
 };
 
 pub(super) const POD: &str = "aaaaaaaa-0000-0000-0000-000000000001";
@@ -104,12 +104,9 @@ impl Teller {
     pub(super) fn endpoint(self, ms: u64, state: EndpointState, alone: bool) -> Fact {
         Fact::Endpoint(EndpointStep {
             at: at(ms),
-            pod: TargetPod {
-                uid: uid(self.pod),
-                namespace: Arc::from("shop"),
-                name: Arc::from(format!("web-{}", &self.pod[..4])),
-            },
-            node: Some(Arc::from("node-1")),
+            pod: uid(self.pod),
+            names: Some((Arc::from("shop"), Arc::from(format!("web-{}", &self.pod[..4])))),
+            home: true,
             endpoint: EndpointKey {
                 service: ServicePort(Arc::from(SERVICE)),
                 protocol: Protocol::Tcp,

@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::story::*;
 use super::*;
 use crate::facts::{
-    BackendStep, Conditions, Deletion, Endpoint, Happening, PodObserved, Protocol, ServicePort,
-    SliceObserved, TargetPod,
+    BackendStep, Conditions, Deletion, Endpoint, EndpointPort, Happening, PodObserved, Protocol,
+    ServicePort, SliceObserved, TargetPod,
 };
 
 #[test]
@@ -216,9 +216,7 @@ fn an_ended_pod_whose_address_went_to_another_has_no_backend() {
 /// As a pod of another node, or one that shares its node's address.
 fn elsewhere(fact: Fact) -> Fact {
     match fact {
-        Fact::Endpoint(step) => {
-            Fact::Endpoint(EndpointStep { node: Some("node-2".into()), ..step })
-        }
+        Fact::Endpoint(step) => Fact::Endpoint(EndpointStep { home: false, ..step }),
         fact => fact,
     }
 }
@@ -471,10 +469,7 @@ fn a_backend_that_never_leaves_keeps_the_timeline_open_then_says_so() {
 
 fn listed(last: u8, ready: bool, terminating: bool) -> Endpoint {
     Endpoint {
-        service: ServicePort(Arc::from(SERVICE)),
-        protocol: Protocol::Tcp,
         address: address(last),
-        port: 8080,
         conditions: Conditions { ready, serving: true, terminating },
         pod: Some(TargetPod {
             uid: uid(if last == 7 { POD } else { OTHER }),
@@ -485,8 +480,14 @@ fn listed(last: u8, ready: bool, terminating: bool) -> Endpoint {
     }
 }
 
+fn view(slice: &str, ms: u64, endpoints: Vec<Endpoint>) -> SliceObserved {
+    let service = ServicePort(Arc::from(SERVICE));
+    let ports = vec![EndpointPort { service, protocol: Protocol::Tcp, port: 8080 }];
+    SliceObserved { at: at(ms), slice: slice.into(), ports, endpoints }
+}
+
 fn steps(slices: &mut Slices, ms: u64, endpoints: Vec<Endpoint>) -> Vec<(u8, EndpointState, bool)> {
-    let observed = SliceObserved { at: at(ms), slice: "shop/web-1".into(), endpoints };
+    let observed = view("shop/web-1", ms, endpoints);
     let last = |address: IpAddr| if address == self::address(7) { 7 } else { 8 };
     slices
         .observe(observed)
@@ -498,7 +499,7 @@ fn steps(slices: &mut Slices, ms: u64, endpoints: Vec<Endpoint>) -> Vec<(u8, End
 #[test]
 fn slices_give_steps_away_from_ready_only() {
     use EndpointState::{Gone, Terminating};
-    let mut slices = Slices::default();
+    let mut slices = Slices::new("node-1".into());
     let mut observe = |ms, endpoints| steps(&mut slices, ms, endpoints);
     assert_eq!(observe(0, vec![listed(7, true, false), listed(8, true, false)]), []);
     assert_eq!(
@@ -519,7 +520,7 @@ fn a_terminating_endpoint_is_left_alone_when_the_last_ready_one_goes() {
     };
     let ready = vec![listed(7, true, false), listed(8, true, false)];
     let first = vec![listed(7, false, true), listed(8, true, false)];
-    let mut slices = Slices::default();
+    let mut slices = Slices::new("node-1".into());
     steps(&mut slices, 0, ready.clone());
     assert_eq!(steps(&mut slices, 1, first.clone()), [(7, Terminating, false)]);
     let both = vec![listed(7, false, true), listed(8, false, true)];
@@ -528,9 +529,81 @@ fn a_terminating_endpoint_is_left_alone_when_the_last_ready_one_goes() {
     assert_eq!(steps(&mut slices, 3, both), [], "told once");
 
     // Rules send nothing to one that no longer serves, alone or not.
-    let mut slices = Slices::default();
+    let mut slices = Slices::new("node-1".into());
     steps(&mut slices, 0, ready);
     steps(&mut slices, 1, first);
     let both = vec![drained(listed(7, false, true)), listed(8, false, true)];
     assert_eq!(steps(&mut slices, 2, both), [(8, Terminating, true)]);
+}
+
+fn states(slices: &mut Slices, observed: SliceObserved) -> Vec<(EndpointState, bool)> {
+    slices.observe(observed).into_iter().map(|step| (step.state, step.first_sight)).collect()
+}
+
+#[test]
+fn an_endpoint_that_another_slice_took_first_is_not_gone() {
+    use EndpointState::{Gone, Terminating};
+    for moved in [listed(7, true, false), listed(7, false, true)] {
+        let mut slices = Slices::new("node-1".into());
+        let mut see = |slice, ms, endpoints| states(&mut slices, view(slice, ms, endpoints));
+        see("shop/web-1", 0, vec![moved.clone(), listed(8, true, false)]);
+        assert_eq!(see("shop/web-2", 1, vec![moved]), []);
+        assert_eq!(see("shop/web-1", 2, vec![listed(8, true, false)]), []);
+        let later = see("shop/web-2", 3, vec![listed(7, false, true)]);
+        assert!(matches!(later[..], [] | [(Terminating, false)]), "{later:?}");
+        assert_eq!(see("shop/web-2", 4, vec![]), [(Gone, false)]);
+    }
+}
+
+#[test]
+fn an_endpoint_that_another_slice_takes_later_is_back() {
+    use EndpointState::{Back, Gone, Terminating};
+    for (moved, back) in [(listed(7, true, false), Back), (listed(7, false, true), Terminating)] {
+        let mut slices = Slices::new("node-1".into());
+        let mut see = |slice, ms, endpoints| states(&mut slices, view(slice, ms, endpoints));
+        see("shop/web-1", 0, vec![moved.clone(), listed(8, true, false)]);
+        assert_eq!(see("shop/web-1", 1, vec![listed(8, true, false)]), [(Gone, false)]);
+        assert_eq!(see("shop/web-2", 2, vec![moved]), [(back, false)], "no first sight of it");
+    }
+}
+
+#[test]
+fn a_move_between_slices_is_no_part_of_a_termination() {
+    let expected = timeline(&correlate(TELLER.story()), POD);
+    let mut facts = TELLER.story();
+    facts.extend([
+        // Within the second before the deletion that may belong to it.
+        TELLER.endpoint(9_500, EndpointState::Gone, false),
+        TELLER.endpoint(9_510, EndpointState::Back, false),
+        TELLER.endpoint(10_900, EndpointState::Gone, false),
+        TELLER.endpoint(10_905, EndpointState::Terminating, false),
+    ]);
+    assert_eq!(timeline(&correlate(facts), POD), expected);
+}
+
+#[test]
+fn a_service_of_many_slices_is_alone_only_when_none_of_them_has_a_ready_endpoint() {
+    use EndpointState::Terminating;
+    let mut slices = Slices::new("node-1".into());
+    slices.observe(view("shop/web-1", 0, vec![listed(7, true, false)]));
+    slices.observe(view("shop/web-2", 0, vec![listed(8, true, false)]));
+    let mut end = |slice, endpoint| -> Vec<(EndpointState, bool)> {
+        let steps = slices.observe(view(slice, 1, vec![endpoint]));
+        steps.into_iter().map(|step| (step.state, step.alone)).collect()
+    };
+    assert_eq!(end("shop/web-1", listed(7, false, true)), [(Terminating, false)]);
+    let both = [(Terminating, true), (Terminating, true)];
+    assert_eq!(end("shop/web-2", listed(8, false, true)), both);
+}
+
+#[test]
+fn a_source_that_stays_away_is_blind_for_one_span_and_censors_all_that_overlap_it() {
+    let mut correlator = correlate(TELLER.story());
+    for seconds in 0..60 {
+        let (from, until) = (at(9_000 + seconds * 2_000), at(11_000 + seconds * 2_000));
+        correlator.record_blindness(Blindness { from, until, source: "endpointslice watch" });
+    }
+    assert_eq!(correlator.evidence.blind.len(), 1);
+    let closed = correlator.advance(at(15_000));
+    assert_eq!(closed[0].censored, ["endpointslice watch may have missed something"]);
 }

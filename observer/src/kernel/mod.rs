@@ -36,7 +36,7 @@ use self::cgroups::Cgroups;
 use self::commits::Commits;
 use self::counters::Counters;
 use self::layout::Resolved;
-use self::probes::{Probe, SIGNALS, Signal};
+use self::probes::{Probe, SIGNALS, Signal, Types};
 use self::watched::WatchedMaps;
 use crate::clock;
 use crate::facts::KernelEvent;
@@ -97,13 +97,10 @@ pub struct Started {
 /// # Errors
 /// See [`StartError`]. A signal that cannot be attached is no error: see [`Probes::states`].
 pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
-    let bytes =
-        fs::read(BTF_PATH).with_context(|| BTF_PATH.to_owned()).map_err(StartError::NoBtf)?;
-    let kernel = Btf::parse(bytes).map_err(|error| StartError::NoBtf(error.into()))?;
-    let types = aya::Btf::from_sys_fs().map_err(|error| StartError::NoBtf(error.into()))?;
+    let types = read_types().map_err(StartError::NoBtf)?;
     let netns = own_netns_inum().map_err(StartError::Failed)?;
-    let resolved = layout::resolve(&kernel, netns);
-    let mut ebpf = load(&kernel, &resolved, &types).map_err(classify)?;
+    let resolved = layout::resolve(&types.kernel, netns);
+    let mut ebpf = load(&types, &resolved).map_err(classify)?;
     let log = aya_log::EbpfLogger::init(&mut ebpf).map_err(|error| classify(error.into()))?;
     let mut take = |name: &str| -> anyhow::Result<Map> {
         ebpf.take_map(name).ok_or_else(|| anyhow!("the object has no map {name}"))
@@ -116,12 +113,17 @@ pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
     let ring = ring.map_err(StartError::Failed)?;
     let states = SIGNALS
         .iter()
-        .map(|signal| probes::attach(signal, &mut ebpf, &kernel, &resolved, &types))
+        .map(|signal| probes::attach(signal, &mut ebpf, &resolved, Some(&types)))
         .collect();
-    let probes = Probes { ebpf, kernel, resolved, types, states };
+    let probes = Probes { ebpf, resolved, states };
     probes.refuse_if_none_may_attach()?;
     let events = Events { ring, log, cgroups: Cgroups::new(cgroup_root), counts: Arc::default() };
     Ok(Started { probes, events, counters, addresses, watched, commits })
+}
+
+fn read_types() -> anyhow::Result<Types> {
+    let bytes = fs::read(BTF_PATH).with_context(|| BTF_PATH.to_owned())?;
+    Ok(Types { kernel: Btf::parse(bytes)?, loader: aya::Btf::from_sys_fs()? })
 }
 
 /// The inode number of the calling thread's network namespace.
@@ -131,15 +133,15 @@ fn own_netns_inum() -> anyhow::Result<u32> {
     u32::try_from(inode).with_context(|| format!("{path} has the odd inode {inode}"))
 }
 
-fn load(kernel: &Btf, resolved: &Resolved, types: &aya::Btf) -> anyhow::Result<Ebpf> {
+fn load(types: &Types, resolved: &Resolved) -> anyhow::Result<Ebpf> {
     // Before Linux 5.11 maps count against this limit; afterwards it does not matter, so a refusal
     // is not fatal here: map creation will tell.
     if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
         tracing::debug!(%error, "the memory lock limit stays as it is");
     }
-    let layout = probes::layout_for_programs(kernel, resolved);
+    let layout = probes::layout_for_programs(&types.kernel, resolved);
     Ok(EbpfLoader::new()
-        .btf(Some(types))
+        .btf(Some(&types.loader))
         .override_global("LAYOUT", &layout, true)
         .load(PROGRAMS)?)
 }
@@ -165,9 +167,7 @@ pub fn is_permission_error(error: &anyhow::Error) -> bool {
 /// The loaded programs. Dropping it detaches them.
 pub struct Probes {
     ebpf: Ebpf,
-    kernel: Btf,
     resolved: Resolved,
-    types: aya::Btf,
     states: Vec<Probe>,
 }
 
@@ -188,13 +188,14 @@ impl Probes {
     /// it is not wanted.
     ///
     /// # Errors
-    /// When a program cannot be unloaded. A failed attach shows in [`Self::states`].
+    /// When a program cannot be unloaded, or the kernel's types no longer be read. A failed attach shows in [`Self::states`].
     pub fn watch(&mut self, signal: &Signal, wanted: bool) -> anyhow::Result<Option<&Probe>> {
         let known = self.states.iter().position(|probe| probe.signal == signal.name);
         match (wanted, known) {
             (true, None) => {
-                let Self { ebpf, kernel, resolved, types, states } = self;
-                states.push(probes::attach(signal, ebpf, kernel, resolved, types));
+                let types = signal.needs_types().then(read_types).transpose()?;
+                let Self { ebpf, resolved, states } = self;
+                states.push(probes::attach(signal, ebpf, resolved, types.as_ref()));
             }
             (false, Some(index)) => {
                 probes::detach(signal, &mut self.ebpf)?;

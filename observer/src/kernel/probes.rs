@@ -273,19 +273,35 @@ pub fn resets_tell_refusals(btf: &Btf) -> bool {
     btf.tracepoint_arguments("tcp_send_reset").is_some_and(|arguments| arguments >= 3)
 }
 
-/// Attaches a signal by the first method that works.
+/// The kernel's types, for this daemon's own questions and for the loader: some 20 MB, so they are
+/// read when they are needed and not kept.
+pub struct Types {
+    /// What tracepoints pass.
+    pub kernel: Btf,
+    /// What programs are loaded with.
+    pub loader: aya::Btf,
+}
+
+impl Signal {
+    /// Whether to attach it takes [`Types`].
+    #[must_use]
+    pub fn needs_types(&self) -> bool {
+        self.methods.iter().any(|method| matches!(method.attach, Attach::TpBtf(_)))
+    }
+}
+
+/// Attaches a signal by the first method that works; without `types`, one that needs none.
 #[must_use]
 pub fn attach(
     signal: &Signal,
     ebpf: &mut Ebpf,
-    kernel: &Btf,
     resolved: &Resolved,
-    types: &aya::Btf,
+    types: Option<&Types>,
 ) -> Probe {
     let mut problems = Vec::new();
     for method in signal.methods {
         let outcome =
-            supported(method, kernel, resolved).and_then(|()| attach_program(method, ebpf, types));
+            supported(method, resolved, types).and_then(|()| attach_program(method, ebpf, types));
         match outcome {
             Ok(()) => {
                 return Probe {
@@ -328,9 +344,9 @@ fn unload(method: &Method, ebpf: &mut Ebpf) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn supported(method: &Method, kernel: &Btf, resolved: &Resolved) -> anyhow::Result<()> {
+fn supported(method: &Method, resolved: &Resolved, types: Option<&Types>) -> anyhow::Result<()> {
     if let Attach::TpBtf(tracepoint) = method.attach {
-        supported_tracepoint(method, tracepoint, kernel)?;
+        supported_tracepoint(method, tracepoint, &known(types)?.kernel)?;
     }
     let absent: Vec<&str> = method
         .needs
@@ -342,6 +358,10 @@ fn supported(method: &Method, kernel: &Btf, resolved: &Resolved) -> anyhow::Resu
         anyhow::bail!("this kernel has no {}", absent.join(", "));
     }
     Ok(())
+}
+
+fn known(types: Option<&Types>) -> anyhow::Result<&Types> {
+    types.context("the kernel's types are not read")
 }
 
 fn supported_tracepoint(method: &Method, tracepoint: &str, kernel: &Btf) -> anyhow::Result<()> {
@@ -362,10 +382,11 @@ fn supported_tracepoint(method: &Method, tracepoint: &str, kernel: &Btf) -> anyh
     Ok(())
 }
 
-fn attach_program(method: &Method, ebpf: &mut Ebpf, types: &aya::Btf) -> anyhow::Result<()> {
+fn attach_program(method: &Method, ebpf: &mut Ebpf, types: Option<&Types>) -> anyhow::Result<()> {
     match method.attach {
         Attach::TpBtf(tracepoint) => {
             let program: &mut BtfTracePoint = typed(method.program, ebpf)?;
+            let types = &known(types)?.loader;
             program.load(tracepoint, types).map_err(|error| brief(method.program, error))?;
             program.attach().with_context(|| format!("cannot attach to {tracepoint}"))?;
             Ok(())

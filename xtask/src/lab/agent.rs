@@ -74,6 +74,12 @@ impl Agent {
         Ok(agent)
     }
 
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+
     /// `GET` of a path; the body of a 200.
     ///
     /// # Errors

@@ -1,10 +1,10 @@
-//! The Kubernetes API over HTTP, as far as the agent uses it: list and watch of pods and
+//! The Kubernetes API over HTTP, as far as the agent uses it: lists in pages and watches of pods and
 //! EndpointSlices, with versions, bookmarks and 410 Gone. No TLS, no authentication, no writes.
 //!
 //! Unknown parameters are ignored as the real server does; a field selector it cannot apply is
 //! refused, because an unfiltered answer would be wrong.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
@@ -20,6 +20,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use bytes::Bytes;
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
@@ -52,11 +53,34 @@ struct Notice {
     cuts: u64,
 }
 
+/// What clients asked for and were sent, of both kinds, since the server was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Served {
+    /// Pages of lists.
+    pub pages: u64,
+    /// Watches that were begun.
+    pub watches: u64,
+    /// Those of them that go on.
+    pub open_watches: u64,
+    /// The bytes of all bodies.
+    pub bytes: u64,
+}
+
+/// What a client has still to ask for of a list that it reads in pages: as it was at the start.
 #[derive(Debug)]
+struct Rest {
+    version: u64,
+    objects: Vec<Arc<Value>>,
+}
+
+#[derive(Debug, Default)]
 struct Shared {
     store: Mutex<Store>,
     notice: watch::Sender<Notice>,
     gone: Mutex<Gone>,
+    served: Mutex<Served>,
+    /// By the token of the next page; each serves once.
+    unread: Mutex<BTreeMap<String, Rest>>,
 }
 
 /// The server, and the hooks by which a test disturbs it.
@@ -70,13 +94,8 @@ pub struct Api {
 impl Api {
     /// Serves on the node's loopback.
     pub(crate) fn serve(namespace: &Namespace) -> Result<Self> {
-        let shared = Shared {
-            store: Mutex::default(),
-            notice: watch::channel(Notice::default()).0,
-            gone: Mutex::default(),
-        };
         let api = Self {
-            shared: Arc::new(shared),
+            shared: Arc::default(),
             namespace: namespace.clone(),
             running: Mutex::default(),
         };
@@ -98,14 +117,22 @@ impl Api {
         self.shared.notice.send_modify(|notice| notice.version = version);
     }
 
+    /// What was served so far.
+    #[must_use]
+    pub fn served(&self) -> Served {
+        *lock(&self.shared.served)
+    }
+
     /// Ends all watches; their clients reconnect from where they were.
     pub fn cut_watches(&self) {
         self.shared.notice.send_modify(|notice| notice.cuts += 1);
     }
 
-    /// Forgets the history and ends all watches: their next version gets 410 Gone.
+    /// Forgets the history and ends all watches: their next version gets 410 Gone, and so does the
+    /// next page of a list.
     pub fn expire_watches(&self, gone: Gone) {
         *lock(&self.shared.gone) = gone;
+        lock(&self.shared.unread).clear();
         self.change(Store::forget_history);
         self.cut_watches();
     }
@@ -114,6 +141,7 @@ impl Api {
     pub fn stop(&self) {
         if let Some(runtime) = lock(&self.running).take() {
             runtime.shutdown_timeout(Duration::from_secs(1));
+            lock(&self.shared.served).open_watches = 0;
         }
     }
 
@@ -188,7 +216,7 @@ fn answer(shared: Arc<Shared>, kind: Kind, parameters: &HashMap<String, String>)
         return status(StatusCode::BAD_REQUEST, "BadRequest", "unsupported field selector");
     };
     if !matches!(parameter("watch"), "true" | "1") {
-        return list(&shared, kind, &selector);
+        return list(&shared, kind, &selector, parameter("limit"), parameter("continue"));
     }
     let Ok(version) = parameter("resourceVersion").parse() else {
         return status(StatusCode::BAD_REQUEST, "BadRequest", "resourceVersion is not a number");
@@ -211,23 +239,53 @@ fn answer(shared: Arc<Shared>, kind: Kind, parameters: &HashMap<String, String>)
         cuts,
         notice,
     };
+    {
+        let mut served = lock(&shared.served);
+        served.watches += 1;
+        served.open_watches += 1;
+    }
     tokio::spawn(watch.run(shared));
     let body = Body::from_stream(ReceiverStream::new(receiver).map(Ok::<_, Infallible>));
     ([(header::CONTENT_TYPE, "application/json")], body).into_response()
 }
 
-fn list(shared: &Shared, kind: Kind, selector: &Selector) -> Response {
-    let store = lock(&shared.store);
-    let items: Vec<&Value> = store
-        .list(kind)
-        .map(|object| &**object)
-        .filter(|object| selector.selects(object))
-        .collect();
-    let list = json!({
-        "kind": format!("{}List", kind.name()), "apiVersion": kind.api_version(),
-        "metadata": {"resourceVersion": store.version().to_string()}, "items": items,
-    });
-    json_response(StatusCode::OK, &list)
+/// A page of a list.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Page<'a> {
+    kind: String,
+    api_version: &'static str,
+    metadata: Value,
+    items: &'a [Arc<Value>],
+}
+
+fn list(shared: &Shared, kind: Kind, selector: &Selector, limit: &str, token: &str) -> Response {
+    let rest = if token.is_empty() {
+        let store = lock(&shared.store);
+        let selected = store.list(kind).filter(|object| selector.selects(object));
+        Some(Rest { version: store.version(), objects: selected.cloned().collect() })
+    } else {
+        lock(&shared.unread).remove(token)
+    };
+    let Some(Rest { version, objects: mut page }) = rest else {
+        return status(StatusCode::GONE, "Expired", "the continue token has expired");
+    };
+    let limit = limit.parse().ok().filter(|limit: &usize| *limit > 0).unwrap_or(usize::MAX);
+    let objects = page.split_off(limit.min(page.len()));
+    let mut metadata = json!({"resourceVersion": version.to_string()});
+    if !objects.is_empty() {
+        let next = format!("{}-{version}-{}", kind.name(), objects.len());
+        metadata["continue"] = json!(next);
+        metadata["remainingItemCount"] = json!(objects.len());
+        lock(&shared.unread).insert(next, Rest { version, objects });
+    }
+    let name = format!("{}List", kind.name());
+    let page = Page { kind: name, api_version: kind.api_version(), metadata, items: &page };
+    let response = json_response(StatusCode::OK, &page);
+    let mut served = lock(&shared.served);
+    served.pages += 1;
+    served.bytes += axum::body::HttpBody::size_hint(response.body()).lower();
+    response
 }
 
 /// One running watch.
@@ -243,21 +301,27 @@ struct Watch {
 }
 
 impl Watch {
-    /// Ends when the client leaves, the watch is cut, its time is over or its version expired.
     async fn run(mut self, shared: Arc<Shared>) {
+        self.follow(&shared).await;
+        lock(&shared.served).open_watches -= 1;
+    }
+
+    /// Ends when the client leaves, the watch is cut, its time is over or its version expired.
+    async fn follow(&mut self, shared: &Shared) {
         let over = tokio::time::sleep(self.until.unwrap_or(Duration::from_hours(1)));
         tokio::pin!(over);
         let mut bookmark = tokio::time::interval(BOOKMARK_EVERY);
         bookmark.tick().await;
         while self.notice.borrow_and_update().cuts == self.cuts
-            && self.catch_up(&shared).await.is_some()
+            && self.catch_up(shared).await.is_some()
         {
             tokio::select! {
                 changed = self.notice.changed() => if changed.is_err() { return },
                 () = &mut over => return,
                 () = self.lines.closed() => return,
                 _ = bookmark.tick(), if self.bookmarks => {
-                    if self.send(&self.bookmark()).await.is_none() { return }
+                    let bookmark = self.bookmark();
+                    if self.send(shared, "BOOKMARK", &bookmark).await.is_none() { return }
                 }
             }
         }
@@ -270,25 +334,28 @@ impl Watch {
         };
         let Ok(events) = events else {
             let object = status_object(StatusCode::GONE, "Expired", "too old resource version");
-            self.send(&json!({"type": "ERROR", "object": object})).await;
+            self.send(shared, "ERROR", &object).await;
             return None;
         };
         for event in events.iter().filter(|event| self.selector.selects(&event.object)) {
-            self.send(&json!({"type": event.change, "object": *event.object})).await?;
+            self.send(shared, event.change, &event.object).await?;
         }
         self.version = latest;
         Some(())
     }
 
     fn bookmark(&self) -> Value {
-        json!({"type": "BOOKMARK", "object": {
+        json!({
             "kind": self.kind.name(), "apiVersion": self.kind.api_version(),
             "metadata": {"resourceVersion": self.version.to_string(), "creationTimestamp": null},
-        }})
+        })
     }
 
-    async fn send(&self, line: &Value) -> Option<()> {
-        self.lines.send(Bytes::from(format!("{line}\n"))).await.ok()
+    /// The type comes first, as the real server writes it.
+    async fn send(&self, shared: &Shared, change: &str, object: &Value) -> Option<()> {
+        let line = format!("{{\"type\":\"{change}\",\"object\":{object}}}\n");
+        lock(&shared.served).bytes += line.len() as u64;
+        self.lines.send(Bytes::from(line)).await.ok()
     }
 }
 
@@ -326,8 +393,12 @@ fn status(code: StatusCode, reason: &str, message: &str) -> Response {
     json_response(code, &status_object(code, reason, message))
 }
 
-fn json_response(code: StatusCode, body: &Value) -> Response {
-    (code, [(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
+fn json_response(code: StatusCode, body: &impl Serialize) -> Response {
+    let headers = [(header::CONTENT_TYPE, "application/json")];
+    match serde_json::to_string(body) {
+        Ok(text) => (code, headers, text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
 }
 
 /// A panicking test thread must not hide behind a poisoned lock: the data is still whole.

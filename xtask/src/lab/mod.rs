@@ -35,7 +35,7 @@ pub(crate) mod objects;
 pub mod pod;
 mod proxy;
 pub mod rules;
-mod store;
+pub(crate) mod store;
 pub mod truth;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -201,6 +201,12 @@ impl Lab {
     #[must_use]
     pub fn force_delete_pod(&self, pod: &RunningPod) -> Termination {
         self.kubelet.force_delete(pod)
+    }
+
+    /// Writes rules of IPv4 as `dataplane` would, past the lab's own controllers.
+    pub(crate) fn write_rules(&self, dataplane: Dataplane, rules: &str) -> Result<()> {
+        let mut tool = dataplane.tool(Family::V4);
+        command::run(Some(&self.network.node), &mut tool, rules).map(drop)
     }
 
     /// Waits until new connections of both families can be sent to these pods and no others.

@@ -68,6 +68,11 @@ impl Store {
         self.objects.insert(key, object);
     }
 
+    /// An object as it is now.
+    pub(crate) fn get(&self, kind: Kind, uid: &str) -> Option<&Arc<Value>> {
+        self.objects.get(&(kind, uid.to_owned()))
+    }
+
     /// Removes an object; its last state gets a version of its own, as the real one does.
     pub(crate) fn remove(&mut self, kind: Kind, uid: &str) {
         if let Some(object) = self.objects.remove(&(kind, uid.to_owned())) {

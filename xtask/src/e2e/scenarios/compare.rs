@@ -87,16 +87,18 @@ pub(super) fn samples(
 /// cannot know of it, claims no gap.
 pub(super) fn no_samples(stage: &Stage, uids: &[String], because: &str) -> Result<()> {
     ensure!(!uids.is_empty(), "no pod went");
-    for of_node in measured(stage, uids)? {
-        for timeline in of_node.iter().filter(|timeline| !timeline.is_null()) {
-            if timeline["home"] == true {
-                let censored = timeline["censored"].as_array().context("censored")?;
-                let mut reasons = censored.iter().filter_map(Value::as_str);
-                let says = reasons.any(|reason| reason.contains(because));
-                ensure!(says, "`{because}` is not why it is no sample: {timeline:#}");
-            } else {
-                ensure!(timeline["gapSeconds"].is_null(), "a gap: {timeline:#}");
-            }
+    let lives = stage.lives()?;
+    for uid in uids {
+        let life = lives.get(uid).with_context(|| format!("no kubelet ran {uid}"))?;
+        let (home, others) = stage.agents(&life.node)?;
+        let timeline = home.closed(std::slice::from_ref(uid))?.remove(0);
+        let censored = timeline["censored"].as_array().context("censored")?;
+        let mut reasons = censored.iter().filter_map(Value::as_str);
+        let says = reasons.any(|reason| reason.contains(because));
+        ensure!(says, "`{because}` is not why it is no sample: {timeline:#}");
+        for timeline in others.terminations()? {
+            let of_pod = timeline["pod"]["uid"] == uid.as_str();
+            ensure!(!of_pod || timeline["gapSeconds"].is_null(), "a gap: {timeline:#}");
         }
     }
     Ok(())
@@ -108,26 +110,9 @@ pub(super) fn refused(stage: &Stage, uids: &[String]) -> Result<u64> {
     Ok(measured.iter().flatten().filter_map(|timeline| timeline["refused"].as_u64()).sum())
 }
 
-/// Of each node in their order, what its agent measured of each pod in theirs, once it closed it;
-/// null where another node's agent never heard of the pod.
+/// Of each node in their order, what its agent measured of each pod in theirs, once it closed it.
 fn measured(stage: &Stage, uids: &[String]) -> Result<Vec<Vec<Value>>> {
-    let lives = stage.lives()?;
-    let cluster = &stage.cluster;
-    let nodes = cluster.network.nodes.iter().zip(&cluster.agents);
-    nodes
-        .map(|(node, agent)| {
-            let known = agent.terminations()?;
-            let of = |uid: &String| {
-                let is_home = lives.get(uid).is_some_and(|life| life.node == node.name);
-                let is_known = known.iter().any(|known| known["pod"]["uid"] == uid.as_str());
-                if !is_home && !is_known {
-                    return Ok(Value::Null);
-                }
-                Ok(agent.closed(std::slice::from_ref(uid))?.remove(0))
-            };
-            uids.iter().map(of).collect()
-        })
-        .collect()
+    stage.cluster.agents.iter().map(|agent| agent.closed(uids)).collect()
 }
 
 /// What is known of one termination without the agents.

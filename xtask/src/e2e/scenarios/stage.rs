@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::objects::{self, Access, Behind, SERVICE_PORT, Workload};
@@ -13,7 +13,7 @@ use crate::e2e::api::{Api, Patch};
 use crate::e2e::cluster::Cluster;
 use crate::e2e::kubelet::truth::Lives;
 use crate::e2e::watcher::Watcher;
-use crate::lab::agent;
+use crate::lab::agent::{self, Agent};
 use crate::lab::clock;
 use crate::lab::load::{Attempt, Load, Outcome};
 use crate::lab::network::Family;
@@ -50,6 +50,15 @@ impl Stage {
     pub(super) fn create(&self, workload: &Workload) -> Result<()> {
         self.admin().create(&workload.collection(), &workload.object())?;
         self.until_rolled_out(workload)
+    }
+
+    /// The agent of a node, and the other node's.
+    pub(super) fn agents(&self, node: &str) -> Result<(&Agent, &Agent)> {
+        match (&self.cluster.agents[..], &self.cluster.network.nodes) {
+            ([first, second], [own, _]) if own.name == node => Ok((first, second)),
+            ([first, second], [_, own]) if own.name == node => Ok((second, first)),
+            _ => bail!("no agent is on {node}"),
+        }
     }
 
     /// What the kubelets did to all pods so far.
