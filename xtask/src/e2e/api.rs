@@ -1,6 +1,6 @@
 //! A client of the real API server, as one identity: JSON over HTTPS from inside a namespace.
 //!
-//! It retries nothing but a conflict, and waits for nothing: who needs that says for how long.
+//! It retries nothing and waits for nothing: who needs that says for how long.
 
 use std::fmt;
 use std::io::{BufRead, BufReader, Lines};
@@ -17,8 +17,6 @@ use crate::lab::netns::Namespace;
 
 /// The API server answers within milliseconds; a loaded machine may need longer.
 const REQUEST_LIMIT: Duration = Duration::from_secs(15);
-/// How often a change is made anew when somebody else changed the object meanwhile.
-const CONFLICT_ATTEMPTS: u32 = 10;
 /// How long a service account's token is good: longer than any run.
 const TOKEN_SECONDS: u32 = 4 * 3600;
 
@@ -146,25 +144,6 @@ impl Api {
     /// As [`Api::get`].
     pub(crate) fn patch(&self, path: &str, kind: Patch, change: &Value) -> Result<Value> {
         self.json("PATCH", path, Some((kind.content_type(), change)))
-    }
-
-    /// Reads the object at `path`, changes it and writes it back, anew when somebody else did
-    /// meanwhile.
-    ///
-    /// # Errors
-    /// As [`Api::get`]; status 409 when others change it all the time.
-    pub(crate) fn update(&self, path: &str, change: impl Fn(&mut Value)) -> Result<Value> {
-        let mut attempt = 1;
-        loop {
-            let mut object = self.get(path)?;
-            change(&mut object);
-            match self.json("PUT", path, Some(("application/json", &object))) {
-                Err(error) if status(&error) == Some(409) && attempt < CONFLICT_ATTEMPTS => {
-                    attempt += 1;
-                }
-                outcome => return outcome,
-            }
-        }
     }
 
     /// Asks for the deletion of the object at `path`, with `DeleteOptions` such as

@@ -14,22 +14,17 @@
 //! It refuses to run beside a lab, without root, or after one whose remains it cannot remove.
 
 mod access;
-#[allow(dead_code, reason = "the kubelets and the scenarios will use all of it")]
 pub(crate) mod api;
 mod binaries;
 mod bring_up;
-#[allow(dead_code, reason = "the scenarios will use all of it")]
 mod cluster;
 mod control_plane;
 mod follow;
-#[allow(dead_code, reason = "the scenarios will use all of it")]
 pub mod kubelet;
 mod manifest;
-#[allow(dead_code, reason = "the kubelets and the scenarios will use all of it")]
 pub(crate) mod network;
 mod proxy;
 mod scenarios;
-#[allow(dead_code, reason = "the scenarios will use all of it")]
 pub mod watcher;
 
 use std::path::PathBuf;
