@@ -129,8 +129,11 @@ impl Truth<'_> {
         self.lives.get(self.uid).context("no kubelet ran it")
     }
 
+    /// When the deletion was first seen, by the watcher or by the kubelet: whichever was woken
+    /// earlier is nearer to the truth.
     fn deleted_ns(&self) -> Result<u64> {
-        self.received.deletion_seen_ns(self.uid).context("the watcher saw no deletion")
+        let seen_ns = [self.received.deletion_seen_ns(self.uid), self.life()?.deletion_seen_ns];
+        seen_ns.into_iter().flatten().min().context("nobody saw a deletion")
     }
 
     /// While the pod's addresses were its own.
@@ -207,6 +210,7 @@ impl Truth<'_> {
                 .collect::<Option<Vec<u64>>>()
                 .with_context(|| format!("{}: a backend is still there", behind.service_port))?;
             measured.sort_unstable();
+            self.compare_slice(behind, listed, errors)?;
             ensure!(
                 measured.len() == truth.len(),
                 "{node}: {} removals of {}, the watcher saw {}",
@@ -222,6 +226,21 @@ impl Truth<'_> {
         }
         ensure!(listed.len() == expected, "{node}: {} removals of {expected}", listed.len());
         Ok(last_ns)
+    }
+
+    /// Compares when a Service's slices first said that the pod is not for new connections.
+    fn compare_slice(
+        &self,
+        behind: &Behind,
+        removals: &[Value],
+        errors: &mut Errors,
+    ) -> Result<()> {
+        let of_service = removals.iter().filter(|r| r["service"] == behind.service_port);
+        let measured = of_service.filter_map(|r| r["endpointTerminating"]["bootNs"].as_u64()).min();
+        let measured = measured.with_context(|| format!("{}: no slice", behind.service_port))?;
+        let truth = self.received.endpoint_unready_ns(behind.service, self.uid);
+        let truth = truth.with_context(|| format!("{} lists it as ready", behind.service))?;
+        errors.add("slice", ms(measured, truth), behind.service_port)
     }
 
     /// What the kubelet did to the process, and what came of it.
