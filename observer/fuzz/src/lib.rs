@@ -6,7 +6,6 @@
 
 use std::collections::BTreeSet;
 
-use bytes::Bytes;
 use observer::clock::WallOffset;
 use observer::dataplane::cilium::entries::{self, BackendsVersion};
 use observer::dataplane::cilium::selection;
@@ -54,8 +53,7 @@ pub fn nft_notifications(bytes: &[u8]) {
     let before = commits.first().map_or(0, |(number, _)| number.wrapping_sub(1));
     let mut follow = Follow::from_dump(Ruleset::default(), before, before);
     for (_, messages) in commits {
-        let messages = Bytes::copy_from_slice(messages);
-        let taken = follow.take(&messages, (NOW, NOW), &Counters::default(), &mut Vec::new());
+        let taken = follow.take(messages, (NOW, NOW), &Counters::default(), &mut Vec::new());
         if taken.is_err() || !is_as_a_fresh_walk(follow.ruleset()) {
             return;
         }

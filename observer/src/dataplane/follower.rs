@@ -323,7 +323,11 @@ impl Follower {
         }
     }
 
+    /// Within a commit its end is awaited: a table may be gone that it makes anew.
     async fn report_status(&mut self) {
+        if self.nft.is_within_a_commit() {
+            return;
+        }
         let (in_use, unreadable) = (self.silent.in_use(), self.silent.unreadable());
         let rules = self.nft.ruleset();
         if let Some(status) = self.detector.status(rules, in_use, unreadable, &self.backends) {

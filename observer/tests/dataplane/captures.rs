@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use bytes::Bytes;
 use observer::clock;
 use observer::dataplane::legacy::legacy_tables_in_use;
 use observer::dataplane::nft::Subscription;
@@ -263,7 +262,8 @@ fn messages_are_followed(recording: Recording) -> Vec<(String, BTreeSet<String>)
     let mut now: BTreeSet<Backend> = backends_of(&follow);
     let mut number = 0;
     for datagram in messages.chunk_by(|one, other| one["t"] == other["t"]) {
-        let bytes: Bytes = datagram.iter().flat_map(|message| encode(message, &handles)).collect();
+        let bytes: Vec<u8> =
+            datagram.iter().flat_map(|message| encode(message, &handles)).collect();
         let at = BootNs(unix_time_of_day_ns(datagram[0]["t"].as_str().expect("a time")));
         let mut commits = Vec::new();
         follow.take(&bytes, (at, at), &counters, &mut commits).expect("nothing is lost");

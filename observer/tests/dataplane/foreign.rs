@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-use bytes::Bytes;
 use observer::dataplane::Counters;
 use observer::dataplane::nft::Subscription;
 use observer::dataplane::nft::follow::Follow;
@@ -70,7 +69,7 @@ fn truncated_and_altered_notifications_never_panic() {
         nft(&captured("nftables-1.36/0-before.nft"));
         let counters = Counters::default();
         let mut datagrams = Vec::new();
-        while datagrams.last().is_none_or(|last: &Bytes| fuzzing::commits(last).is_empty()) {
+        while datagrams.last().is_none_or(|last: &Vec<u8>| fuzzing::commits(last).is_empty()) {
             datagrams.push(next(&mut subscription).datagram.expect("nothing is lost"));
         }
         let end = commit_end(1);
@@ -79,7 +78,7 @@ fn truncated_and_altered_notifications_never_panic() {
                 take_all(&[&datagram[..length], &end], &counters);
             }
             for at in 0..datagram.len() {
-                let mut altered = datagram.to_vec();
+                let mut altered = datagram.clone();
                 altered[at] ^= 0xff;
                 take_all(&[&altered, &end], &counters);
             }
@@ -99,8 +98,7 @@ fn commit_end(number: u32) -> Vec<u8> {
 fn take_all(datagrams: &[&[u8]], counters: &Counters) {
     let mut follow = Follow::default();
     for datagram in datagrams {
-        let datagram = Bytes::copy_from_slice(datagram);
-        let taken = follow.take(&datagram, (BootNs(0), BootNs(0)), counters, &mut Vec::new());
+        let taken = follow.take(datagram, (BootNs(0), BootNs(0)), counters, &mut Vec::new());
         if taken.is_err() {
             return;
         }
@@ -132,7 +130,7 @@ COMMIT
 ";
 
 /// The same bytes with other names of the same length.
-fn renamed(datagram: &[u8], names: [(&[u8], &[u8]); 2]) -> Bytes {
+fn renamed(datagram: &[u8], names: [(&[u8], &[u8]); 2]) -> Vec<u8> {
     let mut bytes = datagram.to_vec();
     for (from, to) in names {
         for at in 0..bytes.len().saturating_sub(from.len()) {
@@ -141,7 +139,7 @@ fn renamed(datagram: &[u8], names: [(&[u8], &[u8]); 2]) -> Bytes {
             }
         }
     }
-    bytes.into()
+    bytes
 }
 
 #[test]
@@ -175,7 +173,7 @@ fn among_ten_thousand_foreign_rules_kube_proxys_backends_are_right() {
     });
 }
 
-fn follow(follow: &mut Follow, datagram: &Bytes, counters: &Counters) {
+fn follow(follow: &mut Follow, datagram: &[u8], counters: &Counters) {
     let taken = follow.take(datagram, (BootNs(0), BootNs(0)), counters, &mut Vec::new());
     taken.expect("nothing is lost");
 }

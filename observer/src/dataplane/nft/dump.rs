@@ -343,7 +343,7 @@ pub(crate) fn replay(answers: &[u8], counters: &Counters) -> Result<Ruleset, Fau
         }
     }
     let mut ruleset = Ruleset::from_messages(messages).ok().ok_or(Fault::Changed)?;
-    ruleset.walk();
+    ruleset.end();
     Ok(ruleset)
 }
 

@@ -1,9 +1,9 @@
 //! Follows the commits: which messages belong to which, in order and without a gap.
 //!
 //! The kernel sends a commit's messages after the new rules took effect and ends them with the
-//! new generation's number. They are held back until that number is seen, then applied at once:
-//! the model is always exactly one generation. Numbers rise by one per commit (0 is skipped), so
-//! one too far is a loss, and one that a dump already showed is passed over.
+//! new generation's number. They are applied as they come, and what they change is known at the
+//! end. Numbers rise by one per commit (0 is skipped), so one too far is a loss. After a dump the
+//! messages are held back until the first number is seen: the dump may have shown them already.
 //!
 //! A dump takes a while, and shows of the commits meanwhile some and some not. Their messages say
 //! of each thing what it is afterwards, whatever the dump showed of it: applied once more, from the
@@ -12,11 +12,9 @@
 use std::mem;
 use std::time::Duration;
 
-use bytes::Bytes;
-
-use super::attributes::{Malformed, frames};
+use super::attributes::{Frame, Malformed, frames};
 use super::messages::{Passed, TableId, Within, generation};
-use super::ruleset::{Ruleset, Transaction, Unexpected};
+use super::ruleset::{Ruleset, Unexpected};
 use crate::dataplane::Counters;
 use crate::dataplane::reach::Changes;
 use crate::facts::BootNs;
@@ -71,11 +69,16 @@ pub struct Follow {
     generation: u32,
     /// The generation from which on the model is whole.
     whole_from: u32,
-    /// Messages of the commit that has not ended yet, in order.
-    pending: Vec<Bytes>,
-    pending_bytes: usize,
-    /// Earliest arrival and reading time of the first of them.
+    /// Messages that come belong to the commit after `generation`.
+    in_step: bool,
+    /// Until then, the messages of the commit that has not ended yet.
+    pending: Vec<u8>,
+    /// Earliest arrival and reading time of that commit's first message.
     began: Option<(BootNs, BootNs)>,
+    /// One of its messages could not be applied.
+    broken: bool,
+    /// The table of the latest message: mostly that of the next one too.
+    table: Option<TableId>,
 }
 
 impl Follow {
@@ -84,7 +87,7 @@ impl Follow {
     pub fn from_dump(ruleset: Ruleset, from: u32, until: u32) -> Self {
         let mut follow = Self { ruleset, generation: from, whole_from: until, ..Self::default() };
         if follow.is_whole() {
-            follow.ruleset.walk();
+            follow.ruleset.end();
         }
         follow
     }
@@ -94,6 +97,13 @@ impl Follow {
     #[must_use]
     pub fn is_whole(&self) -> bool {
         rise(self.whole_from, self.generation) >= 0
+    }
+
+    /// Whether some messages of a commit have come, but not all: the model's tables are then
+    /// neither as before it nor as after it. What they reach is as before.
+    #[must_use]
+    pub fn is_within_a_commit(&self) -> bool {
+        self.began.is_some()
     }
 
     /// The model.
@@ -115,75 +125,93 @@ impl Follow {
     /// [`Lost`]; messages that are not what the kernel writes are counted.
     pub fn take(
         &mut self,
-        datagram: &Bytes,
+        datagram: &[u8],
         (earliest, read): (BootNs, BootNs),
         counters: &Counters,
         commits: &mut Vec<Commit>,
     ) -> Result<(), Lost> {
-        let (mut pending_from, mut here) = (0, 0);
         for frame in frames(datagram) {
             let frame = frame.and_then(|frame| Ok((frame, generation(&frame).transpose()?)));
             let (frame, end) = frame.map_err(|Malformed| {
                 counters.malformed.increase();
                 Lost
             })?;
-            let end_of_frame = here + frame.whole.len();
-            if let Some(end) = end {
-                self.pending.push(datagram.slice(pending_from..here));
-                pending_from = end_of_frame;
-                let (earliest, at) = self.began.take().unwrap_or((earliest, read));
-                if let Some(tables) = self.end(end.number, counters)? {
-                    let heard = Heard { earliest, at, last: read, task: end.task };
-                    commits.push(Commit { tables, heard });
-                }
-            } else {
+            let Some(end) = end else {
                 self.began.get_or_insert((earliest, read));
+                if self.in_step {
+                    self.apply(&frame, counters);
+                } else {
+                    self.hold_back(&frame)?;
+                }
+                continue;
+            };
+            let (earliest, at) = self.began.take().unwrap_or((earliest, read));
+            if let Some(tables) = self.end(end.number, counters)? {
+                let heard = Heard { earliest, at, last: read, task: end.task };
+                commits.push(Commit { tables, heard });
             }
-            here = end_of_frame;
         }
-        self.pending.push(datagram.slice(pending_from..));
-        self.pending_bytes += datagram.len() - pending_from;
-        if self.pending_bytes > PENDING_BYTES_MAX { Err(Lost) } else { Ok(()) }
+        Ok(())
     }
 
-    /// Applies a commit unless the dump showed it already.
+    fn hold_back(&mut self, frame: &Frame<'_>) -> Result<(), Lost> {
+        self.pending.extend(frame.whole);
+        self.pending.resize(self.pending.len().next_multiple_of(4), 0);
+        if self.pending.len() > PENDING_BYTES_MAX { Err(Lost) } else { Ok(()) }
+    }
+
+    /// Ends a commit; gives what it changed, unless the dump showed it.
     fn end(
         &mut self,
         number: u32,
         counters: &Counters,
     ) -> Result<Option<Vec<(TableId, Changes)>>, Lost> {
-        let messages = mem::take(&mut self.pending);
-        self.pending_bytes = 0;
+        let pending = mem::take(&mut self.pending);
         let next = self.generation.checked_add(1).unwrap_or(1);
         if number != next {
-            return if rise(self.generation, number) <= 0 { Ok(None) } else { Err(Lost) };
+            let is_shown = !self.in_step && rise(self.generation, number) <= 0;
+            return if is_shown { Ok(None) } else { Err(Lost) };
+        }
+        for frame in frames(&pending).flatten() {
+            self.apply(&frame, counters);
+        }
+        if self.broken {
+            return Err(Lost);
         }
         let was_whole = self.is_whole();
-        self.generation = number;
-        let mut transaction = self.ruleset.begin();
-        let mut last = None;
-        for frame in messages.iter().flat_map(|messages| frames(messages)).flatten() {
-            let applied = match Within::read(&frame) {
-                Ok(within) => apply(&mut transaction, within, &mut last, counters),
-                Err(passed) => Err(passed.into()),
-            };
-            match applied {
-                // What the dump showed as it was later lacks what was deleted before.
-                Err(Fault::Unexpected) if was_whole => return Err(Lost),
-                Ok(()) | Err(Fault::Foreign | Fault::Unexpected) => {}
-                Err(Fault::Malformed) => {
-                    counters.malformed.increase();
-                    return Err(Lost);
-                }
+        (self.generation, self.in_step) = (number, true);
+        let changes = self.is_whole().then(|| self.ruleset.end());
+        Ok(changes.filter(|_| was_whole))
+    }
+
+    /// Applies a message. Of a commit in which that fails, the rest is passed over, so that the
+    /// rules are read anew once, after its end.
+    fn apply(&mut self, frame: &Frame<'_>, counters: &Counters) {
+        if self.broken {
+            return;
+        }
+        match self.try_to_apply(frame, counters) {
+            Ok(()) | Err(Fault::Foreign) => {}
+            // What the dump showed as it was later lacks what was deleted before.
+            Err(Fault::Unexpected) => self.broken = self.is_whole(),
+            Err(Fault::Malformed) => {
+                counters.malformed.increase();
+                self.broken = true;
             }
         }
-        if was_whole {
-            return Ok(Some(transaction.end()));
+    }
+
+    fn try_to_apply(&mut self, frame: &Frame<'_>, counters: &Counters) -> Result<(), Fault> {
+        let message = Within::read(frame)?;
+        let table = &*self.table.insert(message.table(self.table.as_ref()));
+        if let Some(rule) = message.rule()?
+            && self.ruleset.rewrite(table, rule.handle, rule.fingerprint()?)
+        {
+            return Ok(());
         }
-        if self.is_whole() {
-            self.ruleset.walk();
-        }
-        Ok(None)
+        let (change, unknown) = message.change()?;
+        counters.unknown_expressions.add(unknown);
+        Ok(self.ruleset.apply(table, change)?)
     }
 }
 
@@ -213,24 +241,6 @@ impl From<Unexpected> for Fault {
     fn from(_: Unexpected) -> Self {
         Self::Unexpected
     }
-}
-
-/// Applies a message; `last` is the table of the one before, which is mostly the same.
-fn apply(
-    transaction: &mut Transaction<'_>,
-    message: Within<'_>,
-    last: &mut Option<TableId>,
-    counters: &Counters,
-) -> Result<(), Fault> {
-    let table = &*last.insert(message.table(last.as_ref()));
-    if let Some(rule) = message.rule()?
-        && transaction.rewrite(table, rule.handle, rule.fingerprint()?)
-    {
-        return Ok(());
-    }
-    let (change, unknown) = message.change()?;
-    counters.unknown_expressions.add(unknown);
-    Ok(transaction.apply(table, change)?)
 }
 
 /// The commits that a datagram of notifications ends: their numbers and messages.
@@ -320,8 +330,7 @@ mod tests {
 
     fn take(follow: &mut Follow, datagram: &[u8], read: BootNs) -> Result<Vec<Commit>, Lost> {
         let mut commits = Vec::new();
-        let datagram = Bytes::copy_from_slice(datagram);
-        let taken = follow.take(&datagram, (T[0], read), &Counters::default(), &mut commits);
+        let taken = follow.take(datagram, (T[0], read), &Counters::default(), &mut commits);
         taken.map(|()| commits)
     }
 
@@ -340,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_applied_before_the_commits_number_is_seen() {
+    fn after_a_dump_nothing_is_applied_before_a_commits_number_is_seen() {
         let mut follow = at(7);
         assert_eq!(take(&mut follow, &table(), T[0]), Ok(vec![]));
         assert_eq!(tables(&follow), 0);
@@ -364,9 +373,21 @@ mod tests {
         let mut follow = at(7);
         let datagram = [table(), generation(8), chain(b"a"), generation(9), chain(b"b")].concat();
         assert_eq!(take(&mut follow, &datagram, T[0]).map(|commits| commits.len()), Ok(2));
-        assert_eq!(rules(&follow), [("a".to_owned(), 0)]);
         assert_eq!(take(&mut follow, &generation(10), T[0]).map(|commits| commits.len()), Ok(1));
         assert_eq!(rules(&follow), [("a".to_owned(), 0), ("b".to_owned(), 0)]);
+    }
+
+    #[test]
+    fn in_step_messages_are_applied_as_they_come() {
+        let mut follow = at(7);
+        take(&mut follow, &[table(), generation(8)].concat(), T[0]).expect("nothing is lost");
+        take(&mut follow, &chain(b"a"), T[0]).expect("nothing is lost");
+        assert!(follow.is_within_a_commit());
+        assert_eq!(rules(&follow), [("a".to_owned(), 0)]);
+        assert_eq!(take(&mut follow, &generation(9), T[0]).map(|commits| commits.len()), Ok(1));
+        assert!(!follow.is_within_a_commit());
+        // Applied already, so that its number must be the next one.
+        assert_eq!(take(&mut follow, &generation(9), T[0]), Err(Lost));
     }
 
     #[test]
@@ -464,7 +485,6 @@ mod tests {
             let (counters, mut follow) = (Counters::default(), at(7));
             let mut taken = Ok(());
             for datagram in [bytes.clone(), generation(8)] {
-                let datagram = Bytes::from(datagram);
                 let taken_now = follow.take(&datagram, (T[0], T[0]), &counters, &mut Vec::new());
                 taken = taken.and(taken_now);
             }

@@ -22,6 +22,9 @@ pub struct Unexpected;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ruleset {
     tables: HashMap<TableId, Followed>,
+    /// Those of the commit at hand, a handful at most, and what tables of their names reached that
+    /// it deleted.
+    touched: Vec<(TableId, Reached)>,
 }
 
 /// A table and what it reaches; the second is behind by the edits.
@@ -35,49 +38,8 @@ struct Followed {
     deleted: HashMap<Fingerprint, (Name, Rule)>,
 }
 
-/// A commit that is being applied.
-#[derive(Debug)]
-pub(super) struct Transaction<'r> {
-    ruleset: &'r mut Ruleset,
-    /// Its tables, a handful at most, and what those of their names reached that it deleted.
-    touched: Vec<(TableId, Reached)>,
-}
-
-impl Transaction<'_> {
-    /// Applies a message.
-    pub(super) fn apply(&mut self, id: &TableId, change: Change) -> Result<(), Unexpected> {
-        self.touch(id);
-        if change != Change::DeleteTable {
-            return self.ruleset.apply(id, change);
-        }
-        let gone = self.ruleset.tables.remove(id).map(|gone| gone.reached()).unwrap_or_default();
-        let of_table = self.touched.iter_mut().filter(|(known, _)| known == id);
-        of_table.for_each(|(_, all)| all.backends.extend(gone.backends.iter().cloned()));
-        Ok(())
-    }
-
-    /// Applies a rule that this commit deleted and now writes anew, as kube-proxy does by the
-    /// thousands in iptables mode; false when it is not such a rule.
-    pub(super) fn rewrite(&mut self, id: &TableId, handle: u64, fingerprint: Fingerprint) -> bool {
-        let followed = self.ruleset.tables.get_mut(id);
-        followed.is_some_and(|followed| followed.rewrite(handle, fingerprint))
-    }
-
-    fn touch(&mut self, id: &TableId) {
-        if self.touched.iter().all(|(known, _)| known != id) {
-            self.touched.push((id.clone(), Reached::default()));
-        }
-    }
-
-    /// Ends it; gives what it changed of each table's backends.
-    pub(super) fn end(self) -> Vec<(TableId, Changes)> {
-        let Self { ruleset, touched } = self;
-        touched.into_iter().map(|(id, gone)| ruleset.follow(id, &gone)).collect()
-    }
-}
-
 impl Ruleset {
-    /// From messages that together show every table: a dump.
+    /// From messages that together show every table: a dump, to be ended like a commit.
     ///
     /// # Errors
     /// When a message is about something that none before it showed.
@@ -91,16 +53,40 @@ impl Ruleset {
         Ok(ruleset)
     }
 
-    /// Begins a commit. After an error the model is of no use.
-    pub(super) fn begin(&mut self) -> Transaction<'_> {
-        Transaction { ruleset: self, touched: Vec::new() }
+    /// Applies a message of the commit at hand.
+    ///
+    /// # Errors
+    /// When it is about something the model does not have; the model is then of no use.
+    pub(super) fn apply(&mut self, id: &TableId, change: Change) -> Result<(), Unexpected> {
+        if self.touched.iter().all(|(known, _)| known != id) {
+            self.touched.push((id.clone(), Reached::default()));
+        }
+        match change {
+            Change::NewTable { dormant } => {
+                self.tables.entry(id.clone()).or_default().set_dormant(dormant);
+                Ok(())
+            }
+            Change::DeleteTable => {
+                let gone = self.tables.remove(id).map(|gone| gone.reached()).unwrap_or_default();
+                let of_table = self.touched.iter_mut().filter(|(known, _)| known == id);
+                of_table.for_each(|(_, all)| all.backends.extend(gone.backends.iter().cloned()));
+                Ok(())
+            }
+            change => self.tables.get_mut(id).ok_or(Unexpected)?.apply(change),
+        }
     }
 
-    /// Walks the tables that were not walked yet.
-    pub(super) fn walk(&mut self) {
-        for followed in self.tables.values_mut() {
-            followed.follow();
-        }
+    /// Applies a rule that the commit at hand deleted and now writes anew, as kube-proxy does by the
+    /// thousands in iptables mode; false when it is not such a rule.
+    pub(super) fn rewrite(&mut self, id: &TableId, handle: u64, fingerprint: Fingerprint) -> bool {
+        let followed = self.tables.get_mut(id);
+        followed.is_some_and(|followed| followed.rewrite(handle, fingerprint))
+    }
+
+    /// Ends the commit at hand; gives what it changed of each table's backends.
+    pub(super) fn end(&mut self) -> Vec<(TableId, Changes)> {
+        let touched = mem::take(&mut self.touched).into_iter();
+        touched.map(|(id, gone)| self.follow(id, &gone)).collect()
     }
 
     /// Brings what a table reaches up to date; `gone` was reached by a table of that name that was
@@ -117,14 +103,6 @@ impl Ruleset {
             changes.backends.extend(lost.map(|backend| (backend, Way::Removed)));
         }
         (id, changes)
-    }
-
-    fn apply(&mut self, id: &TableId, change: Change) -> Result<(), Unexpected> {
-        if let Change::NewTable { dormant } = change {
-            self.tables.entry(id.clone()).or_default().set_dormant(dormant);
-            return Ok(());
-        }
-        self.tables.get_mut(id).ok_or(Unexpected)?.apply(change)
     }
 
     /// Its tables.
@@ -454,16 +432,15 @@ mod tests {
         ruleset: &mut Ruleset,
         changes: Vec<Change>,
     ) -> Result<Vec<(TableId, Changes)>, Unexpected> {
-        let mut transaction = ruleset.begin();
         for change in changes {
             if let Change::NewRule { handle, fingerprint, .. } = &change
-                && transaction.rewrite(&id(), *handle, *fingerprint)
+                && ruleset.rewrite(&id(), *handle, *fingerprint)
             {
                 continue;
             }
-            transaction.apply(&id(), change)?;
+            ruleset.apply(&id(), change)?;
         }
-        Ok(transaction.end())
+        Ok(ruleset.end())
     }
 
     fn applied(mut ruleset: Ruleset, changes: Vec<Change>) -> Ruleset {

@@ -11,7 +11,6 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use bytes::{Bytes, BytesMut};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt,
@@ -29,8 +28,6 @@ const COMMITS: u32 = 1 << (7 - 1);
 const DATAGRAM_BYTES: usize = 64 * 1024;
 /// How often an idle socket is looked at, so that "nothing was missed until here" stays recent.
 const PROOF_SECONDS: i64 = 1;
-/// Room that datagrams are read into, one after the other; mostly they have less than 8 KiB.
-const ROOM_BYTES: usize = 256 * 1024;
 /// Datagrams that are handed over together, so that a large commit does not wake the model for each.
 const TOGETHER: usize = 32;
 /// How often so many may wait for the model; the socket's buffer holds the rest.
@@ -74,7 +71,7 @@ pub(in super::super) fn buffer() -> Vec<u8> {
 #[derive(Debug)]
 pub struct Arrival {
     /// Its bytes; `None` when the kernel dropped messages because the buffer was full.
-    pub datagram: Option<Bytes>,
+    pub datagram: Option<Vec<u8>>,
     /// Until here nothing was missed: the buffer was last empty then.
     pub complete_until: BootNs,
     /// It arrived at this moment or later.
@@ -151,7 +148,7 @@ fn listen(socket: &OwnedFd, to: &mpsc::Sender<io::Result<Vec<Arrival>>>) {
 /// Reads and stamps datagrams.
 struct Reader<'s> {
     socket: &'s OwnedFd,
-    room: BytesMut,
+    buffer: Vec<u8>,
     /// As in [`Arrival`].
     complete_until: BootNs,
     earliest: BootNs,
@@ -160,7 +157,7 @@ struct Reader<'s> {
 impl<'s> Reader<'s> {
     fn new(socket: &'s OwnedFd) -> Self {
         let now = clock::now();
-        Self { socket, room: BytesMut::new(), complete_until: now, earliest: now }
+        Self { socket, buffer: buffer(), complete_until: now, earliest: now }
     }
 
     /// The next arrival; `None` when nothing waits, with `wait` for [`PROOF_SECONDS`].
@@ -202,13 +199,8 @@ impl<'s> Reader<'s> {
         Ok(Some(Arrival { datagram, complete_until, earliest, read_at }))
     }
 
-    /// Reads one datagram whole, into room that it then shares with those before and after.
-    fn receive(&mut self, flags: MsgFlags) -> io::Result<Bytes> {
-        if self.room.len() < DATAGRAM_BYTES {
-            self.room = BytesMut::zeroed(ROOM_BYTES);
-        }
-        let length = receive(self.socket, &mut self.room, flags)?.len();
-        Ok(self.room.split_to(length).freeze())
+    fn receive(&mut self, flags: MsgFlags) -> io::Result<Vec<u8>> {
+        receive(self.socket, &mut self.buffer, flags).map(<[u8]>::to_vec)
     }
 
     /// Reads and drops what still waits. After an overrun the kernel drops every further message
