@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use super::access::Identity;
 use super::binaries::Binaries;
-use super::control_plane::ControlPlane;
+use super::control_plane::{ControlPlane, PATIENCE};
 use super::kubelet::{CgroupLayout, Kubelet, KubeletOptions};
 use super::network::{Network, Node};
 use super::proxy::Dataplane;
@@ -17,6 +17,9 @@ use crate::lab::agent::{self, Agent};
 use crate::lab::daemon::Daemon;
 use crate::lab::leftovers::Claim;
 use crate::lab::run_ahead_of_others;
+
+/// Of the network's nodes, in their order: agents find pods in either.
+const CGROUP_LAYOUTS: [CgroupLayout; 2] = [CgroupLayout::Systemd, CgroupLayout::Cgroupfs];
 
 /// A running cluster with an agent on each node.
 #[derive(Debug)]
@@ -74,12 +77,12 @@ fn start_kubelets(
         let cgroup_root = cgroup_root(claim, node);
         fs::create_dir(&cgroup_root).context("cannot make a node's cgroup")?;
         Kubelet::start(KubeletOptions {
-            api: control_plane.api(&identity.token, &node.namespace)?,
+            api: control_plane.api(&identity.token, &node.namespace)?.patient(PATIENCE),
             network: Arc::clone(network),
             node: index,
             pod_program: pod_program.to_owned(),
             cgroup_root,
-            cgroup_layout: CgroupLayout::Systemd,
+            cgroup_layout: CGROUP_LAYOUTS[index],
         })
     };
     control_plane.kubelets.iter().enumerate().map(start).collect()

@@ -21,6 +21,9 @@ use crate::lab::network::Family;
 
 /// All are ready within seconds; a machine that compiles at the same time needs far longer.
 const READY_LIMIT: Duration = Duration::from_mins(2);
+/// How long who depends on the API server waits for it: longer than any outage of the scenarios,
+/// and its start after that.
+pub(super) const PATIENCE: Duration = Duration::from_mins(4);
 const ETCD: &str = "http://127.0.0.1:2379";
 const PORT: u16 = 6443;
 const CONTROLLERS_PORT: u16 = 10257;
