@@ -120,6 +120,8 @@ pub(super) struct Watch<K: Watched> {
     known: BTreeSet<K::Key>,
     /// The last moment up to which nothing was missed; `None` before the first list.
     good: Option<BootNs>,
+    /// Whether nothing has come since the last list.
+    just_listed: bool,
     /// Whether something was missed since, until the watch is open again.
     interrupted: bool,
 }
@@ -141,6 +143,7 @@ impl<K: Watched> Watch<K> {
             version: None,
             known: BTreeSet::new(),
             good: None,
+            just_listed: true,
             interrupted: false,
         }
     }
@@ -159,8 +162,18 @@ impl<K: Watched> Watch<K> {
             self.readiness.down(why);
             self.interrupted = true;
             self.blind_until(clock::now()).await;
+            if self.is_only_forgotten() {
+                continue;
+            }
             sleep(backoff.next().unwrap_or(ANSWER)).await;
         }
+    }
+
+    /// Whether the server is there and no longer has our version, as after its restart: a pause would
+    /// only prolong the blindness. Once per list, or a confused server would be asked in a tight
+    /// loop.
+    fn is_only_forgotten(&mut self) -> bool {
+        self.version.is_none() && !std::mem::replace(&mut self.just_listed, true)
     }
 
     /// Reads the whole collection; objects known before that it lacks were removed unseen.
@@ -191,6 +204,7 @@ impl<K: Watched> Watch<K> {
                 break;
             }
         }
+        self.just_listed = true;
         self.listed(listed).await;
         Ok(())
     }
@@ -274,6 +288,7 @@ impl<K: Watched> Watch<K> {
                 return Err(self.failed("the watch broke", kube::Error::Api(status)));
             }
         }
+        self.just_listed = false;
         self.good = Some(at);
         Ok(())
     }
