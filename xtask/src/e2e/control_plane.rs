@@ -22,7 +22,7 @@ use crate::lab::daemon::Daemon;
 use crate::lab::netns::Namespace;
 use crate::lab::network::Family;
 
-/// All are ready within seconds; a machine that compiles at the same time needs far longer.
+/// All are ready within seconds, and end as fast; a machine that compiles at the same time needs far longer.
 const READY_LIMIT: Duration = Duration::from_mins(2);
 /// How long who depends on the API server waits for it: longer than any outage of the scenarios,
 /// and its start after that.
@@ -47,7 +47,8 @@ pub(crate) struct ControlPlane {
     /// kube-proxy's, on all nodes.
     pub(crate) proxy: Identity,
     place: Place,
-    _api_server: Daemon,
+    /// `None` during an outage.
+    api_server: Option<Daemon>,
     _others: [Daemon; 3],
 }
 
@@ -118,7 +119,34 @@ impl ControlPlane {
         // Without it no pod is admitted; a controller makes it.
         let account = || admin.get("/api/v1/namespaces/default/serviceaccounts/default").map(drop);
         others[0].wait_until(READY_LIMIT, account)?;
-        Ok(Self { admin, server, kubelets, proxy, place, _api_server: api_server, _others: others })
+        let api_server = Some(api_server);
+        Ok(Self { admin, server, kubelets, proxy, place, api_server, _others: others })
+    }
+
+    /// Ends the API server by SIGTERM, as a node's shutdown does.
+    ///
+    /// # Errors
+    /// When it does not run or does not end.
+    pub(crate) fn stop_api_server(&mut self) -> Result<()> {
+        self.api_server.take().context("the API server does not run")?.stop(READY_LIMIT)
+    }
+
+    /// Ends the API server by SIGKILL.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub(crate) fn kill_api_server(&mut self) -> Result<()> {
+        self.api_server.take().map(drop).context("the API server does not run")
+    }
+
+    /// Starts the API server over the same data and with the same certificate, and waits until it
+    /// is ready.
+    ///
+    /// # Errors
+    /// When it is not ready in time.
+    pub(crate) fn start_api_server(&mut self) -> Result<()> {
+        let server = self.api_server.insert(start_api_server(&self.place)?);
+        server.wait_until(READY_LIMIT, || self.admin.health("/readyz").map(drop))
     }
 
     /// What the API server wrote about the agents' requests: one JSON object per line and stage.
@@ -164,6 +192,8 @@ fn start_api_server(place: &Place) -> Result<Daemon> {
     command.args(["--service-account-issuer", ISSUER]);
     command.arg("--service-account-signing-key-file").arg(place.key());
     command.arg("--service-account-key-file").arg(place.key());
+    // Else its end waits a minute for watches, which only end with it.
+    command.args(["--shutdown-watch-termination-grace-period", "5s"]);
     let policy = place.file("audit-policy.json");
     fs::write(&policy, audit_policy().to_string()).context("cannot write the audit policy")?;
     command.arg("--audit-policy-file").arg(policy);
@@ -188,6 +218,9 @@ fn start_controllers(place: &Place, server: &Server, identity: &Identity) -> Res
     command.arg("--kubeconfig").arg(kubeconfig);
     // Each controller has the rights of its own role.
     command.arg("--use-service-account-credentials");
+    // Longer than any absence of the API server: the played kubelets do not take back what a
+    // controller writes about the pods of a node that was silent.
+    command.args(["--node-monitor-grace-period", "5m"]);
     command.arg("--service-account-private-key-file").arg(place.key());
     command.arg("--root-ca-file").arg(place.certificate());
     place.start("kube-controller-manager", command)

@@ -161,6 +161,26 @@ impl Agent {
         report(&self.program, &self.node, &[HERE.to_owned()], output)
     }
 
+    /// How long it has been on a processor.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub(crate) fn cpu_time(&self) -> Result<Duration> {
+        self.daemon.cpu_time()
+    }
+
+    /// The sum of a metric over all series that have these labels, written as they are exposed.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub(crate) fn metric(&self, name: &str, labels: &str) -> Result<f64> {
+        let exposed = self.get("/metrics")?;
+        let series = exposed.lines().filter_map(|line| line.strip_prefix(name)?.rsplit_once(' '));
+        let of = series.filter(|(known, _)| known.starts_with('{') && known.contains(labels));
+        of.map(|(_, value)| value.parse::<f64>().with_context(|| format!("{name} is {value}")))
+            .sum()
+    }
+
     /// What the agent has logged.
     #[must_use]
     pub fn log(&self) -> String {
