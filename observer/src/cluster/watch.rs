@@ -100,6 +100,8 @@ pub(super) struct Watch<K: Watched> {
     known: BTreeSet<K::Key>,
     /// The last moment up to which nothing was missed; `None` before the first list.
     good: Option<BootNs>,
+    /// Whether nothing has come since the last list.
+    just_listed: bool,
     /// Whether something was missed since, until the watch is open again.
     interrupted: bool,
 }
@@ -121,6 +123,7 @@ impl<K: Watched> Watch<K> {
             version: None,
             known: BTreeSet::new(),
             good: None,
+            just_listed: true,
             interrupted: false,
         }
     }
@@ -139,6 +142,9 @@ impl<K: Watched> Watch<K> {
             self.readiness.down(why);
             self.interrupted = true;
             self.blind_until(clock::now()).await;
+            if self.is_only_forgotten() {
+                continue;
+            }
             self.telling(sleep(backoff.next().unwrap_or(ANSWER))).await;
         }
     }
@@ -161,6 +167,13 @@ impl<K: Watched> Watch<K> {
     fn note_pause(&mut self, now: BootNs) {
         let pause = self.good.map_or(0.0, |good| now.seconds_since(good));
         self.interrupted |= pause > PAUSE.as_secs_f64();
+    }
+
+    /// Whether the server is there and no longer has our version, as after its restart: a pause would
+    /// only prolong the blindness. Once per list, or a confused server would be asked in a tight
+    /// loop.
+    fn is_only_forgotten(&mut self) -> bool {
+        self.version.is_none() && !std::mem::replace(&mut self.just_listed, true)
     }
 
     /// Reads the whole collection; objects known before that it lacks were removed unseen.
@@ -193,6 +206,7 @@ impl<K: Watched> Watch<K> {
                 break;
             }
         }
+        self.just_listed = true;
         self.listed(listed).await;
         Ok(())
     }
@@ -288,6 +302,7 @@ impl<K: Watched> Watch<K> {
                 return Err(self.failed("the watch broke", kube::Error::Api(status)));
             }
         }
+        self.just_listed = false;
         self.good = Some(at);
         Ok(())
     }

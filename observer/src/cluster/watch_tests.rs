@@ -209,6 +209,28 @@ async fn an_expired_version_at_the_opening_of_a_watch_is_listed_again_too() {
 }
 
 #[tokio::test]
+async fn a_version_that_the_server_forgot_is_listed_again_at_once_unless_it_was_just_listed() {
+    let paused = async |answers| {
+        let mut bench = watch(answers).await;
+        while bench.next().await != "blind pod watch" {}
+        let failed = clock::now();
+        while bench.next().await != "pod z" {}
+        clock::now().seconds_since(failed) >= 0.8
+    };
+    let listed_again = || list("20", "", &[pod("z", "19")]);
+    let known_from_an_event = vec![
+        list("5", "", &[]),
+        Answer::Ended(vec![bookmark("9")]),
+        Answer::Whole(410, expired()),
+        listed_again(),
+    ];
+    assert!(!paused(known_from_an_event).await);
+    let known_from_the_list =
+        vec![list("5", "", &[]), Answer::Whole(410, expired()), listed_again()];
+    assert!(paused(known_from_the_list).await);
+}
+
+#[tokio::test]
 async fn a_watch_that_the_server_ends_resumes_from_its_bookmark_without_blindness() {
     let mut bench = watch(vec![
         list("5", "", &[pod("a", "1")]),

@@ -1,11 +1,13 @@
 //! A client of the real API server, as one identity: JSON over HTTPS from inside a namespace.
 //!
-//! It retries nothing and waits for nothing: who needs that says for how long.
+//! It retries nothing and waits for nothing but as [`Api::patient`]: who needs that says for how
+//! long.
 
 use std::fmt;
 use std::io::{BufRead, BufReader, Lines};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -13,10 +15,13 @@ use serde_json::{Value, json};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Body, BodyReader};
 
+use crate::lab::clock;
 use crate::lab::netns::Namespace;
 
 /// The API server answers within milliseconds; a loaded machine may need longer.
 const REQUEST_LIMIT: Duration = Duration::from_secs(15);
+/// Between two requests of a patient client: short for a test, long for an API server that starts.
+const PATIENT_PAUSE: Duration = Duration::from_millis(100);
 /// How long a service account's token is good: longer than any run.
 const TOKEN_SECONDS: u32 = 4 * 3600;
 
@@ -67,6 +72,8 @@ pub(crate) struct Api {
     server: String,
     token: String,
     namespace: Namespace,
+    patience: Duration,
+    has_given_up: Arc<AtomicBool>,
 }
 
 impl Api {
@@ -93,7 +100,8 @@ impl Api {
             .build()
             .new_agent();
         let (server, token) = (server.to_owned(), token.to_owned());
-        Ok(Self { client, server, token, namespace: namespace.clone() })
+        let (namespace, patience) = (namespace.clone(), Duration::ZERO);
+        Ok(Self { client, server, token, namespace, patience, has_given_up: Arc::default() })
     }
 
     /// As [`Api::new`], with the certificates in a file.
@@ -109,6 +117,18 @@ impl Api {
         let certificates = std::fs::read_to_string(authority)
             .with_context(|| format!("cannot read {}", authority.display()))?;
         Self::new(server, &certificates, token, namespace)
+    }
+
+    /// The same, for whoever outlasts the API server: asks again for as long as `patience` while
+    /// nothing answers or the API server cannot yet. One that has just started does not know its
+    /// accounts and roles, so that 401 and 403 count as such.
+    pub(crate) fn patient(&self, patience: Duration) -> Self {
+        Self { patience, has_given_up: Arc::default(), ..self.clone() }
+    }
+
+    /// Ends the patience, also of clones and of requests that are waiting.
+    pub(crate) fn give_up(&self) {
+        self.has_given_up.store(true, Ordering::Relaxed);
     }
 
     /// One object, or a list of them.
@@ -164,7 +184,7 @@ impl Api {
         let path = format!(
             "{path}{separator}watch=true&allowWatchBookmarks=true&resourceVersion={resource_version}"
         );
-        let body = self.send("GET", &path, None, None)?;
+        let body = self.patiently(|| self.send("GET", &path, None, None))?;
         Ok(Watch { lines: BufReader::new(body.into_reader()).lines() })
     }
 
@@ -192,8 +212,23 @@ impl Api {
     }
 
     fn json(&self, method: &str, path: &str, body: Option<(&str, &Value)>) -> Result<Value> {
-        let answer = self.send(method, path, body, Some(REQUEST_LIMIT))?.read_to_string()?;
+        let answer = self.patiently(|| {
+            Ok(self.send(method, path, body, Some(REQUEST_LIMIT))?.read_to_string()?)
+        })?;
         serde_json::from_str(&answer).with_context(|| format!("{method} {path}: {answer}"))
+    }
+
+    fn patiently<T>(&self, ask: impl Fn() -> Result<T>) -> Result<T> {
+        let until_ns = clock::boot_ns() + clock::nanos(self.patience);
+        let may_wait = || clock::boot_ns() < until_ns && !self.has_given_up.load(Ordering::Relaxed);
+        loop {
+            match ask() {
+                Err(error) if is_outage(&error) && may_wait() => {
+                    std::thread::sleep(PATIENT_PAUSE);
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// The body of a success.
@@ -233,6 +268,11 @@ impl Api {
     }
 }
 
+/// Whether the API server may answer otherwise once it has started.
+fn is_outage(error: &anyhow::Error) -> bool {
+    matches!(status(error), None | Some(401 | 403 | 429 | 500..))
+}
+
 /// The events of a watch, bookmarks too, until the API server ends it.
 pub(crate) struct Watch {
     lines: Lines<BufReader<BodyReader<'static>>>,
@@ -258,6 +298,14 @@ mod tests {
         assert_eq!(status(&error), Some(409));
         assert_eq!(format!("{error:#}"), "cannot start: POST /api: 409: it exists");
         assert_eq!(status(&anyhow!("nobody answers")), None);
+    }
+
+    #[test]
+    fn only_an_answer_that_stays_ends_the_patience() {
+        let refused = |status| anyhow!(Refusal { status, message: String::new() });
+        assert!(is_outage(&anyhow!("nobody answers")));
+        assert!([401, 403, 429, 500, 503].into_iter().all(|status| is_outage(&refused(status))));
+        assert!(![404, 409, 410, 422].into_iter().any(|status| is_outage(&refused(status))));
     }
 
     #[test]

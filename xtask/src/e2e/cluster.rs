@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use super::access::Identity;
 use super::binaries::Binaries;
-use super::control_plane::ControlPlane;
+use super::control_plane::{ControlPlane, PATIENCE};
 use super::kubelet::{CgroupLayout, Kubelet, KubeletOptions};
 use super::network::{Network, Node};
 use super::proxy::Dataplane;
@@ -17,6 +17,9 @@ use crate::lab::agent::{self, Agent};
 use crate::lab::daemon::Daemon;
 use crate::lab::leftovers::Claim;
 use crate::lab::run_ahead_of_others;
+
+/// Of the network's nodes, in their order: agents find pods in either.
+const CGROUP_LAYOUTS: [CgroupLayout; 2] = [CgroupLayout::Systemd, CgroupLayout::Cgroupfs];
 
 /// A running cluster with an agent on each node.
 #[derive(Debug)]
@@ -28,8 +31,9 @@ pub(crate) struct Cluster {
     pub(crate) kubelets: Vec<Kubelet>,
     pub(crate) control_plane: ControlPlane,
     pub(crate) network: Arc<Network>,
+    observer: PathBuf,
     /// Last: its removal needs the others to have let go.
-    _claim: Claim,
+    claim: Claim,
 }
 
 impl Cluster {
@@ -57,8 +61,55 @@ impl Cluster {
         for node in &network.nodes {
             proxies.push(proxy::start(binaries, node, dataplane, &kubeconfig, directory)?);
         }
-        let agents = start_agents(&control_plane, &network, &claim, observer)?;
-        Ok(Self { agents, _proxies: proxies, kubelets, control_plane, network, _claim: claim })
+        let observer = observer.to_owned();
+        let mut cluster = Self {
+            agents: Vec::new(),
+            _proxies: proxies,
+            kubelets,
+            control_plane,
+            network,
+            observer,
+            claim,
+        };
+        for node in &Arc::clone(&cluster.network).nodes {
+            let mut agent = cluster.launch_agent(node)?;
+            agent.until_ready(agent::READY_LIMIT).with_context(|| format!("on {}", node.name))?;
+            cluster.agents.push(agent);
+        }
+        Ok(cluster)
+    }
+
+    /// Ends a node's agent in some way, and starts it anew without waiting until it is ready.
+    ///
+    /// # Errors
+    /// When it does not end so, or cannot be started.
+    pub(crate) fn restart_agent(
+        &mut self,
+        node: usize,
+        end: impl FnOnce(Agent) -> Result<()>,
+    ) -> Result<()> {
+        end(self.agents.remove(node))?;
+        let agent = self.launch_agent(&self.network.nodes[node])?;
+        self.agents.insert(node, agent);
+        Ok(())
+    }
+
+    /// Starts an agent as the service account that `deploy/` gives it.
+    fn launch_agent(&self, node: &Node) -> Result<Agent> {
+        let (namespace, account) = manifest::ACCOUNT;
+        let directory = self.claim.directory();
+        let token = self.control_plane.admin.service_account_token(namespace, account)?;
+        let kubeconfig = directory.join(format!("observer-{}.kubeconfig", node.name));
+        self.control_plane.server.write_kubeconfig(&kubeconfig, &token)?;
+        Agent::launch(agent::Options {
+            program: &self.observer,
+            node: &node.namespace,
+            node_name: node.name,
+            kubeconfig: &kubeconfig,
+            cgroup_root: &cgroup_root(&self.claim, node),
+            log: directory.join(format!("observer-{}.log", node.name)),
+        })
+        .with_context(|| format!("on {}", node.name))
     }
 }
 
@@ -74,41 +125,15 @@ fn start_kubelets(
         let cgroup_root = cgroup_root(claim, node);
         fs::create_dir(&cgroup_root).context("cannot make a node's cgroup")?;
         Kubelet::start(KubeletOptions {
-            api: control_plane.api(&identity.token, &node.namespace)?,
+            api: control_plane.api(&identity.token, &node.namespace)?.patient(PATIENCE),
             network: Arc::clone(network),
             node: index,
             pod_program: pod_program.to_owned(),
             cgroup_root,
-            cgroup_layout: CgroupLayout::Systemd,
+            cgroup_layout: CGROUP_LAYOUTS[index],
         })
     };
     control_plane.kubelets.iter().enumerate().map(start).collect()
-}
-
-/// An agent on each node, as the service account that `deploy/` gives it.
-fn start_agents(
-    control_plane: &ControlPlane,
-    network: &Network,
-    claim: &Claim,
-    program: &Path,
-) -> Result<Vec<Agent>> {
-    let (namespace, account) = manifest::ACCOUNT;
-    let directory = claim.directory();
-    let start = |node: &Node| {
-        let token = control_plane.admin.service_account_token(namespace, account)?;
-        let kubeconfig = directory.join(format!("observer-{}.kubeconfig", node.name));
-        control_plane.server.write_kubeconfig(&kubeconfig, &token)?;
-        Agent::start(agent::Options {
-            program,
-            node: &node.namespace,
-            node_name: node.name,
-            kubeconfig: &kubeconfig,
-            cgroup_root: &cgroup_root(claim, node),
-            log: directory.join(format!("observer-{}.log", node.name)),
-        })
-        .with_context(|| format!("on {}", node.name))
-    };
-    network.nodes.iter().map(start).collect()
 }
 
 fn cgroup_root(claim: &Claim, node: &Node) -> PathBuf {

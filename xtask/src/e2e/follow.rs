@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::api::{self, Api};
 use crate::lab::clock;
 
-/// Before a broken watch is begun anew: short for a test, long for an API server that starts.
+/// Before a refused watch is begun anew: short for a test, long for an API server that starts.
 const PAUSE: Duration = Duration::from_millis(100);
 /// "That version is too old": list again.
 const GONE: u16 = 410;
@@ -68,7 +68,8 @@ fn step(
     let current = version.insert(from);
     for event in api.watch(path, current)? {
         let at_ns = clock::boot_ns();
-        let mut event = event?;
+        // It broke off, and goes on where it was.
+        let Ok(mut event) = event else { return Ok(()) };
         if stop.load(Ordering::Relaxed) {
             return Ok(());
         }

@@ -21,6 +21,13 @@ pub(crate) fn apply(admin: &Api) -> Result<()> {
     Ok(())
 }
 
+/// The manifest's `ClusterRole`.
+pub(crate) fn cluster_role() -> Result<Value> {
+    let mut objects = MANIFEST.split("\n---\n").map(serde_saphyr::from_str::<Value>);
+    let role = objects.find(|object| object.as_ref().map_or(true, |o| o["kind"] == "ClusterRole"));
+    role.context("deploy/observer.yaml has no ClusterRole")?.context("deploy/observer.yaml")
+}
+
 /// Where objects of this kind are created.
 fn collection(object: &Value) -> Result<String> {
     let namespace = object["metadata"]["namespace"].as_str().unwrap_or("default");
@@ -44,5 +51,11 @@ mod tests {
             let object: Value = serde_saphyr::from_str(text).expect("YAML");
             assert!(collection(&object).expect("a known kind").starts_with("/api"));
         }
+    }
+
+    #[test]
+    fn the_role_has_rules() {
+        let role = cluster_role().expect("a ClusterRole");
+        assert!(role["rules"].as_array().is_some_and(|rules| !rules.is_empty()));
     }
 }

@@ -20,7 +20,7 @@ use super::network::CLUSTER_CIDRS;
 const PORT: u16 = 9464;
 const HERE: &str = "http://127.0.0.1:9464";
 /// Loading and attaching the programs takes about a second on a quiet machine.
-const READY_LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const READY_LIMIT: Duration = Duration::from_secs(30);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// The agent keeps a termination open for some seconds after its end, to learn what comes late.
 const CLOSE_LIMIT: Duration = Duration::from_secs(40);
@@ -55,6 +55,13 @@ pub struct Agent {
 impl Agent {
     /// Starts it and waits until it is ready.
     pub(crate) fn start(options: Options<'_>) -> Result<Self> {
+        let mut agent = Self::launch(options)?;
+        agent.until_ready(READY_LIMIT)?;
+        Ok(agent)
+    }
+
+    /// Starts it, and waits for nothing.
+    pub(crate) fn launch(options: Options<'_>) -> Result<Self> {
         let Options { program, node, .. } = options;
         if !program.exists() {
             bail!("{} does not exist: run `cargo xtask build` first", program.display());
@@ -68,10 +75,28 @@ impl Agent {
             command.args(["--cluster-cidr", cidr]);
         }
         let daemon = Daemon::start("the agent", node, command, options.log)?;
-        let mut agent = Self { program: program.to_owned(), daemon, node: node.clone() };
-        let ready = || get(node, "/readyz").map(drop);
-        agent.daemon.wait_until(READY_LIMIT, ready)?;
-        Ok(agent)
+        Ok(Self { program: program.to_owned(), daemon, node: node.clone() })
+    }
+
+    /// Waits until it is ready.
+    ///
+    /// # Errors
+    /// When it ends, or is not ready within `limit`: the error has the end of its log.
+    pub(crate) fn until_ready(&mut self, limit: Duration) -> Result<()> {
+        let node = &self.node;
+        self.daemon.wait_until(limit, || get(node, "/readyz").map(drop))
+    }
+
+    /// What is not ready, in the words of `/readyz`; `None` when it is.
+    ///
+    /// # Errors
+    /// When it does not answer, or with anything but 200 and 503.
+    pub(crate) fn unready(&self) -> Result<Option<String>> {
+        match http_get(&self.node, &format!("{HERE}/readyz"))? {
+            (200, _) => Ok(None),
+            (503, body) => Ok(Some(body)),
+            (status, body) => bail!("GET /readyz: {status}: {}", body.trim()),
+        }
     }
 
     /// Its process.
@@ -140,6 +165,26 @@ impl Agent {
     /// When it fails: the error has what it printed on stderr.
     pub fn report(&self, output: &str) -> Result<String> {
         report(&self.program, &self.node, &[HERE.to_owned()], output)
+    }
+
+    /// How long it has been on a processor.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub(crate) fn cpu_time(&self) -> Result<Duration> {
+        self.daemon.cpu_time()
+    }
+
+    /// The sum of a metric over all series that have these labels, written as they are exposed.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub(crate) fn metric(&self, name: &str, labels: &str) -> Result<f64> {
+        let exposed = self.get("/metrics")?;
+        let series = exposed.lines().filter_map(|line| line.strip_prefix(name)?.rsplit_once(' '));
+        let of = series.filter(|(known, _)| known.starts_with('{') && known.contains(labels));
+        of.map(|(_, value)| value.parse::<f64>().with_context(|| format!("{name} is {value}")))
+            .sum()
     }
 
     /// What the agent has logged.

@@ -19,6 +19,9 @@ use super::netns::Namespace;
 
 /// How much of a log an error shows: the last words before it ended or got stuck.
 const SHOWN_LINES: usize = 30;
+/// `USER_HZ`, the unit of times in /proc, is 100 on every architecture that Linux runs the observer
+/// on.
+const TICK_MS: u64 = 10;
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// Where clients' libraries look for a proxy: from inside the namespaces none can be reached.
 const PROXIES: [&str; 6] =
@@ -91,6 +94,20 @@ impl Daemon {
     /// What it has printed.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// How long all its threads together have been on a processor.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub(crate) fn cpu_time(&self) -> Result<Duration> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))
+            .with_context(|| format!("{} has ended", self.name))?;
+        // After the name, which is in parentheses: the state is field 3, utime 14, stime 15.
+        let (_, fields) = stat.rsplit_once(')').context("/proc/<pid>/stat has no name")?;
+        let ticks = fields.split_whitespace().skip(11).take(2).map(str::parse::<u64>);
+        let ticks = ticks.sum::<Result<u64, _>>()?;
+        Ok(Duration::from_millis(ticks * TICK_MS))
     }
 
     fn last_lines(&self) -> String {

@@ -158,6 +158,7 @@ impl Kubelet {
 impl Drop for Kubelet {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
+        self.shared.options.api.give_up();
         let workers = std::mem::take(&mut *lock(&self.shared.workers));
         let threads: Vec<_> = workers
             .into_values()

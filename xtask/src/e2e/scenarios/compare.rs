@@ -8,12 +8,13 @@ use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::objects::{Behind, Workload};
 use super::stage::Stage;
 use crate::e2e::kubelet::truth::{Life, Lives};
 use crate::e2e::watcher::slices::Received;
+use crate::lab::agent::Agent;
 
 /// How far the agents may be off.
 const LIMIT_MS: f64 = 20.0;
@@ -110,6 +111,51 @@ pub(super) fn refused(stage: &Stage, uids: &[String]) -> Result<u64> {
     Ok(measured.iter().flatten().filter_map(|timeline| timeline["refused"].as_u64()).sum())
 }
 
+/// What two agents made of a termination that something disturbed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Both have a sample, and it is right.
+    Sample,
+    /// One has none, and says why.
+    Censored,
+    /// The agent of the pod's own node never heard of it.
+    Unknown,
+}
+
+/// Compares terminations that something disturbed: what an agent has as a sample is right, and
+/// where it has none it says why, with one of these reasons among others.
+pub(super) fn disturbed(
+    stage: &Stage,
+    workload: &Workload,
+    uids: &[String],
+    because: &[&str],
+    errors: &mut Errors,
+) -> Result<Vec<Verdict>> {
+    ensure!(!uids.is_empty(), "no pod of {} went", workload.name);
+    let lives = stage.lives()?;
+    let received = stage.watcher.received()?;
+    let verdict = |uid: &String| {
+        let of = known(stage, uid)?;
+        let truth = Truth { stage, received: &received, lives: &lives, uid, workload };
+        let verdict = truth.verdict(&of, because, errors);
+        verdict.with_context(|| format!("pod {uid}: {}", json!(of)))
+    };
+    uids.iter().map(verdict).collect()
+}
+
+/// Of each node in their order, what its agent measured of a pod once it closed it; null where it
+/// never heard of the pod.
+fn known(stage: &Stage, uid: &String) -> Result<Vec<Value>> {
+    let of = |agent: &Agent| {
+        let known = agent.terminations()?;
+        if !known.iter().any(|known| known["pod"]["uid"] == uid.as_str()) {
+            return Ok(Value::Null);
+        }
+        Ok(agent.closed(std::slice::from_ref(uid))?.remove(0))
+    };
+    stage.cluster.agents.iter().map(of).collect()
+}
+
 /// Of each node in their order, what its agent measured of each pod in theirs, once it closed it.
 fn measured(stage: &Stage, uids: &[String]) -> Result<Vec<Vec<Value>>> {
     stage.cluster.agents.iter().map(|agent| agent.closed(uids)).collect()
@@ -146,6 +192,27 @@ impl Truth<'_> {
         Ok(deleted_ns.saturating_sub(BEFORE_DELETION_NS)..=until_ns)
     }
 
+    /// `of` is of each node, in their order; null where the pod was never heard of.
+    fn verdict(&self, of: &[Value], because: &[&str], errors: &mut Errors) -> Result<Verdict> {
+        let is_sample = |timeline: &&Value| timeline["censored"] == json!([]);
+        if of.iter().all(|timeline| is_sample(&timeline)) {
+            self.compare(&of.iter().collect::<Vec<_>>(), errors)?;
+            errors.terminations += 1;
+            return Ok(Verdict::Sample);
+        }
+        for (node, timeline) in self.stage.cluster.network.nodes.iter().zip(of) {
+            if is_sample(&timeline) {
+                self.compare_removals(node.name, timeline, errors)?;
+            } else if let Some(reasons) = timeline["censored"].as_array() {
+                let mut said = reasons.iter().filter_map(Value::as_str);
+                let says = said.any(|reason| because.iter().any(|words| reason.contains(words)));
+                ensure!(says, "{} does not say {because:?}, but {reasons:?}", node.name);
+            }
+        }
+        let is_home = |timeline: &Value| timeline["home"] == true;
+        Ok(if of.iter().any(is_home) { Verdict::Censored } else { Verdict::Unknown })
+    }
+
     /// When each way of a Service to the pod was closed on a node, sorted.
     fn removals_ns(&self, node: &str, behind: &Behind) -> Result<Vec<u64>> {
         let (life, span) = (self.life()?, self.span()?);
@@ -171,7 +238,7 @@ impl Truth<'_> {
         self.compare_process(home, errors)?;
         for (node, timeline) in self.stage.cluster.network.nodes.iter().zip(of) {
             let what = node.name;
-            ensure!(timeline["censored"] == serde_json::json!([]), "{what} censors it");
+            ensure!(timeline["censored"] == json!([]), "{what} censors it");
             let removed_ns = self.compare_removals(node.name, timeline, errors)?;
             let gap_ms = self.gap_ms(home, timeline)?;
             errors.add("gap", gap_ms - ms(removed_ns, deleted_ns), what)?;

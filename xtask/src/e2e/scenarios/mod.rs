@@ -2,6 +2,9 @@
 
 mod compare;
 mod objects;
+mod outages;
+mod requests;
+mod rights;
 mod stage;
 
 use std::path::Path;
@@ -70,7 +73,9 @@ pub(super) fn play(cluster: Cluster, dataplane: Dataplane, observer: &Path) -> R
     let tell = |what: &str| say(&format!("e2e: {}: {what}", dataplane.name()));
     let web = rolls_under_load(&mut stage, &tell)?;
     ends_of_every_kind(&mut stage, &tell)?;
-    no_refusal_with_the_recommended_sleep(&mut stage, &web, &tell)
+    no_refusal_with_the_recommended_sleep(&mut stage, &web, &tell)?;
+    rights::play(&mut stage, &tell).context("the agents' rights")?;
+    outages::play(&mut stage, dataplane, &tell)
 }
 
 /// A Deployment is rolled, scaled and drained, with clients of its Service.

@@ -89,6 +89,28 @@ impl Stage {
         self.change(workload, &change)
     }
 
+    /// As [`Stage::roll`], and does something to the cluster once the first pod is to go.
+    pub(super) fn roll_through(
+        &mut self,
+        workload: &Workload,
+        disturb: impl FnOnce(&mut Cluster) -> Result<()>,
+    ) -> Result<Vec<String>> {
+        self.revisions += 1;
+        let before = self.uids(workload)?;
+        let change = Workload::revision(self.revisions);
+        self.admin().patch(&workload.path(), Patch::Strategic, &change)?;
+        until(ROLL_LIMIT, "a pod is to go", || {
+            let received = self.watcher.received()?;
+            let mut old = before.iter();
+            ensure!(old.any(|uid| received.deletion_seen_ns(uid).is_some()), "none is");
+            Ok(())
+        })?;
+        disturb(&mut self.cluster)?;
+        self.until_rolled_out(workload)?;
+        let after = self.uids(workload)?;
+        Ok(before.difference(&after).cloned().collect())
+    }
+
     /// Changes a workload, waits until that has rolled out, and gives the UIDs of the pods that
     /// went.
     pub(super) fn change(&self, workload: &Workload, change: &Value) -> Result<Vec<String>> {

@@ -25,6 +25,7 @@ use anyhow::{Result, bail};
 
 use super::Dataplane;
 use super::api::Api;
+use super::control_plane::PATIENCE;
 use super::follow::{News, follow};
 use super::network::Network;
 use changes::{Change, Direction};
@@ -65,7 +66,7 @@ impl Watcher {
     }
 
     fn follow(&self, api: &Api, path: &'static str, enter: fn(&mut Received, u64, News)) {
-        let (api, stop) = (api.clone(), Arc::clone(&self.stop));
+        let (api, stop) = (api.patient(PATIENCE), Arc::clone(&self.stop));
         let (received, failures) = (Arc::clone(&self.received), Arc::clone(&self.failures));
         std::thread::spawn(move || {
             let tell = |at_ns, news| enter(&mut lock(&received), at_ns, news);
@@ -77,7 +78,7 @@ impl Watcher {
     /// What the API said so far.
     ///
     /// # Errors
-    /// When a watch broke off: events may be missing.
+    /// When a watch could not go on: events may be missing.
     pub fn received(&self) -> Result<Received> {
         if let Some(failure) = lock(&self.failures).first() {
             bail!("the watcher failed: {failure}");
