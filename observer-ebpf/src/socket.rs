@@ -4,6 +4,7 @@ use aya_ebpf::EbpfContext;
 use observer_common::{Event, Ip, outcome, signal};
 
 use crate::{
+    cgroup,
     layout::offset,
     memory::{Address, argument, read, read_or_zero},
     report,
@@ -142,5 +143,5 @@ fn state(sk: Address) -> u32 {
 
 #[inline(always)]
 fn cgroup_id(sk: Address) -> u64 {
-    crate::task::cgroup_id(read_or_zero(sk, offset!(sk_cgroup)))
+    cgroup::id(read_or_zero(sk, offset!(sk_cgroup)))
 }

@@ -1,0 +1,41 @@
+//! Whether pods can be told by their cgroups, for `/readyz`. Without them the agent still measures
+//! gaps, arrivals and refusals, so it is a remark and no lack.
+
+use std::sync::atomic::Ordering;
+
+use crate::kernel::EventCounts;
+use crate::kernel::cgroups::Hierarchy;
+use crate::readiness::{Item, Readiness};
+
+/// The item of the hierarchy that tells pods.
+pub(super) struct PodCgroups {
+    item: Item,
+    /// What there is to say once a pod was seen.
+    remark: Option<String>,
+}
+
+impl PodCgroups {
+    /// No pod was seen yet. (The agent of a cluster is one itself.)
+    pub(super) fn expect(readiness: &Readiness, hierarchy: &Hierarchy) -> Self {
+        let item = readiness.expect("cgroups", "not read yet");
+        item.up_as(format!(
+            "{hierarchy} has no pod's directory: signals, exits and listeners of pods are not \
+             told; on a node with pods, check --cgroup-root"
+        ));
+        let remark = hierarchy.controller.is_some().then(|| {
+            format!("{hierarchy}: a pod's sockets are told by its processes and addresses")
+        });
+        Self { item, remark }
+    }
+
+    /// Says what the reader of events found.
+    pub(super) fn show(&self, found: &EventCounts) {
+        if !found.knows_a_pod.load(Ordering::Relaxed) {
+            return;
+        }
+        match &self.remark {
+            Some(remark) => self.item.up_as(remark),
+            None => self.item.up(),
+        }
+    }
+}
