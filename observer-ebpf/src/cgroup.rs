@@ -9,9 +9,10 @@ use crate::{
     report,
 };
 
-/// From a `struct css_set`: the `struct cgroup` of its tasks in the hierarchy that tells pods.
+/// From a `struct task_struct`: its `struct cgroup` in the hierarchy that tells pods.
 #[inline(always)]
-pub fn of_tasks(css_set: Address) -> Address {
+pub fn of_task(task: Address) -> Address {
+    let css_set = read_or_zero(task, offset!(task_cgroups));
     let found = read_or_zero(css_set, offset!(css_set_cgroup));
     if offset!(css_cgroup) == Layout::ABSENT {
         return found;

@@ -110,8 +110,7 @@ fn is_other_table(replacement: Address) -> bool {
 #[inline(always)]
 fn fill(event: &mut Event, task: Address) {
     event.pid = read_or_zero(task, offset!(task_tgid));
-    let css_set: Address = read_or_zero(task, offset!(task_cgroups));
-    event.cgroup_id = cgroup::id(cgroup::of_tasks(css_set));
+    event.cgroup_id = cgroup::id(cgroup::of_task(task));
     // An exiting task may have left its namespaces already: then both stay 0.
     let nsproxy: Address = read_or_zero(task, offset!(task_nsproxy));
     fill_netns(event, read_or_zero(nsproxy, offset!(nsproxy_net)));

@@ -22,9 +22,10 @@ impl PodCgroups {
             "{hierarchy} has no pod's directory: signals, exits and listeners of pods are not \
              told; on a node with pods, check --cgroup-root"
         ));
-        let remark = hierarchy.controller.is_some().then(|| {
-            format!("{hierarchy}: a pod's sockets are told by its processes and addresses")
-        });
+        let remark = hierarchy
+            .controller
+            .is_some()
+            .then(|| format!("{hierarchy}: of sockets, only listeners tell their pod"));
         Self { item, remark }
     }
 

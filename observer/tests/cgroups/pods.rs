@@ -1,7 +1,9 @@
 //! Containers that are over before anybody could look: for the machine's own kernel and a guest's.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,7 +12,7 @@ use std::time::Duration;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use observer::facts::{Happening, KernelEvent};
 use observer::kernel::cgroups::Hierarchy;
-use observer::kernel::{self, Started};
+use observer::kernel::{self, Events, Probes, Started};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 
@@ -58,56 +60,56 @@ impl Drop for Mount {
     }
 }
 
-/// A container of a pod of its own, from before its directory is made until it is removed.
+/// A container of a pod of its own.
+#[derive(Clone, Debug)]
 struct Container {
     uid: String,
-    pid: u32,
+    directory: PathBuf,
     inode: u64,
 }
 
 impl Container {
-    fn run(node: &Path, number: usize) -> Self {
+    fn make(node: &Path, number: usize) -> Self {
         let uid = format!("0f6c3b1e-8a86-4c34-9d0b-{number:012x}");
-        let pod = node.join(format!("pod{uid}"));
-        let own = pod.join("c1");
-        fs::create_dir_all(&own).expect("cgroups");
-        let inode = fs::metadata(&own).expect("metadata").ino();
-        let mut process = Command::new("sh")
-            .arg("-c")
-            .arg(format!("echo 0 > {}/cgroup.procs", own.display()))
-            .spawn()
-            .expect("sh");
-        let pid = process.id();
-        assert!(process.wait().expect("wait").success());
-        for directory in [&own, &pod] {
+        let directory = node.join(format!("pod{uid}/c1"));
+        fs::create_dir_all(&directory).expect("cgroups");
+        let inode = fs::metadata(&directory).expect("metadata").ino();
+        Self { uid, directory, inode }
+    }
+
+    fn remove(&self) {
+        for directory in self.directory.ancestors().take(2) {
             fs::remove_dir(directory).expect("an empty cgroup");
         }
-        Self { uid, pid, inode }
     }
 }
 
-/// Runs containers one after the other and looks at nothing until all are over.
-pub(crate) fn every_short_container_is_told(mount: &Mount) {
+/// A kernel side that is not read before all is over, and its events.
+fn started(mount: &Mount) -> (Probes, Events) {
+    let hierarchy = Hierarchy::find(&mount.root).expect("cgroups");
+    let Started { probes, events, .. } = kernel::start(hierarchy).expect("the kernel side starts");
+    let hook = probes.states().iter().find(|probe| probe.signal == "cgroup_made");
+    assert_eq!(hook.expect("a state").problem, None);
+    (probes, events)
+}
+
+/// Reads events until none of `awaited` is left, each with its pod and container.
+fn assert_told<K: Ord + Debug>(
+    mount: &Mount,
+    act: impl FnOnce() -> BTreeMap<K, Container>,
+    key: impl Fn(&KernelEvent) -> K,
+) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.expect("runtime").block_on(async {
-        let hierarchy = Hierarchy::find(&mount.root).expect("cgroups");
-        let Started { probes, events, .. } = kernel::start(hierarchy).expect("starts");
-        let hook = probes.states().iter().find(|probe| probe.signal == "cgroup_made");
-        let problem = hook.expect("a state").problem.clone();
-        assert_eq!(problem, None);
-        let containers: Vec<Container> =
-            (0..PODS).map(|number| Container::run(&mount.node, number)).collect();
+        let (_probes, events) = started(mount);
+        let mut awaited = act();
         let (sender, mut received) = mpsc::channel(CAPACITY);
         let reader = tokio::spawn(events.run(sender));
-        let mut awaited: BTreeMap<u32, &Container> =
-            containers.iter().map(|container| (container.pid, container)).collect();
         while !awaited.is_empty() {
             let event = tokio::time::timeout(PATIENCE, received.recv()).await;
-            let event: KernelEvent = event.expect("exits of all").expect("the reader runs");
-            if event.happening != Happening::Exited {
-                continue;
-            }
-            if let Some(container) = awaited.remove(&event.pid) {
+            let event = event.unwrap_or_else(|_| panic!("missing: {awaited:?}"));
+            let event = event.expect("the reader runs");
+            if let Some(container) = awaited.remove(&key(&event)) {
                 let pod = event.pod.map(|pod| pod.0.to_string());
                 let told = (pod.as_deref(), event.cgroup_id);
                 assert_eq!(told, (Some(&*container.uid), container.inode));
@@ -115,4 +117,37 @@ pub(crate) fn every_short_container_is_told(mount: &Mount) {
         }
         reader.abort();
     });
+}
+
+/// Runs containers one after the other and looks at nothing until all are over.
+pub(crate) fn every_short_container_is_told(mount: &Mount) {
+    let run = |number| {
+        let container = Container::make(&mount.node, number);
+        let procs = container.directory.join("cgroup.procs");
+        let script = format!("echo 0 > {}", procs.display());
+        let mut process = Command::new("sh").arg("-c").arg(script).spawn().expect("sh");
+        let pid = process.id();
+        assert!(process.wait().expect("wait").success());
+        container.remove();
+        ((pid, Happening::Exited), container)
+    };
+    assert_told(mount, || (0..PODS).map(run).collect(), |event| (event.pid, event.happening));
+}
+
+/// This process listens as one of a pod, and leaves it again.
+pub(crate) fn a_listener_is_told(mount: &Mount) {
+    let enter = |cgroup: &Path| fs::write(cgroup.join("cgroup.procs"), "0").expect("enter");
+    let listen = || {
+        let container = Container::make(&mount.node, 0);
+        enter(&container.directory);
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a listener");
+        let port = listener.local_addr().expect("an address").port();
+        drop(listener);
+        enter(&mount.mounted);
+        container.remove();
+        [Happening::ListenerOpened, Happening::ListenerClosed]
+            .map(|happening| ((port, happening), container.clone()))
+            .into()
+    };
+    assert_told(mount, listen, |event| (event.local.port(), event.happening));
 }
