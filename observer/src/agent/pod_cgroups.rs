@@ -40,3 +40,40 @@ impl PodCgroups {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::kernel::cgroups::Controller;
+
+    /// What is said before and after a pod's directory was seen.
+    fn remarks(controller: Option<Controller>) -> [Vec<String>; 2] {
+        let readiness = Readiness::default();
+        let hierarchy = Hierarchy { root: PathBuf::from("/cgroups"), controller };
+        let cgroups = PodCgroups::expect(&readiness, &hierarchy);
+        let counts = EventCounts::default();
+        [false, true].map(|known| {
+            counts.knows_a_pod.store(known, Ordering::Relaxed);
+            cgroups.show(&counts);
+            assert_eq!(readiness.missing(), []);
+            readiness.remarks().iter().map(ToString::to_string).collect()
+        })
+    }
+
+    #[test]
+    fn a_hierarchy_without_a_pod_is_remarked() {
+        let [before, after] = remarks(None);
+        assert!(before[0].starts_with("cgroups: cgroup v2 at /cgroups has no pod"), "{before:?}");
+        assert_eq!(after, [""; 0]);
+    }
+
+    #[test]
+    fn version_1_is_remarked() {
+        let [_, after] = remarks(Some(Controller { name: "memory", hierarchy_id: 4 }));
+        let said =
+            "cgroups: cgroup v1 (memory) at /cgroups: of sockets, only listeners tell their pod";
+        assert_eq!(after, [said]);
+    }
+}

@@ -113,6 +113,7 @@ fn assert_told<K: Ord + Debug>(
                 let pod = event.pod.map(|pod| pod.0.to_string());
                 let told = (pod.as_deref(), event.cgroup_id);
                 assert_eq!(told, (Some(&*container.uid), container.inode));
+                assert!(event.in_node_network, "it shares this process's");
             }
         }
         reader.abort();
