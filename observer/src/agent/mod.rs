@@ -108,6 +108,7 @@ fn start(
     let watches = cluster::Health::expect(&readiness);
     let rules = readiness.expect("dataplane", "the node's rules are not read yet");
 
+    info!(%hierarchy, "cgroups that tell pods");
     let cgroups = PodCgroups::expect(&readiness, &hierarchy);
     let mut kernel = kernel::start(hierarchy)?;
     show_probes(&kernel.probes, &readiness, &metrics);
