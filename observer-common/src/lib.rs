@@ -54,8 +54,11 @@ pub mod signal {
     /// As [`LEGACY_COMMIT`], where the kernel's own function is hooked: `code` is how long it took,
     /// as in [`IPVS_COMMIT`], and the protocol family is not known.
     pub const LEGACY_CALL: u32 = 17;
+    /// A directory was made in the cgroup hierarchy that tells pods. Sent as a
+    /// [`CgroupMade`](super::CgroupMade), every time.
+    pub const CGROUP_MADE: u32 = 18;
     /// How many signals there are.
-    pub const COUNT: u32 = 18;
+    pub const COUNT: u32 = 19;
 }
 
 /// After a [`signal::MAP_COMMIT`] of a map is sent, none is sent for this long, in ns: what changes
@@ -123,7 +126,7 @@ impl Ip {
     }
 }
 
-/// One record of the ring buffer.
+/// One record of the ring buffer, of two kinds: the other is [`CgroupMade`].
 ///
 /// `local` is the end the hook ran for: the listener's, the pod's that refused, the caller's
 /// whose connect failed. A field that the hook cannot know is zero.
@@ -134,7 +137,8 @@ pub struct Event {
     pub boot_ns: u64,
     /// The network namespace's cookie, never reused while the machine runs (Linux 5.10).
     pub netns_cookie: u64,
-    /// The cgroup v2 id (the inode of its directory) of the socket or task.
+    /// The cgroup of the socket or task (the inode of its directory), in the hierarchy that tells
+    /// pods.
     pub cgroup_id: u64,
     /// The kernel address of the socket: it joins events of one socket and is never shown.
     pub socket: u64,
@@ -156,6 +160,20 @@ pub struct Event {
     pub local_port: u16,
     /// Port of the remote end.
     pub remote_port: u16,
+}
+
+/// The other record of the ring buffer, told from an [`Event`] by its size: a new cgroup, before
+/// anything can be in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct CgroupMade {
+    /// The inode of its directory.
+    pub id: u64,
+    /// Its parent's.
+    pub parent: u64,
+    /// The name of its directory, ended by a zero byte; a longer one is cut. The kubelet's names
+    /// for pods are at most 80 bytes long.
+    pub name: [u8; 128],
 }
 
 /// What one CPU counted for one signal. Cumulative; never reset.
@@ -279,12 +297,22 @@ pub struct Layout {
     pub map_id: u32,
     /// `nsproxy.net_ns`
     pub nsproxy_net: u32,
-    /// `css_set.dfl_cgrp`
+    /// `css_set.dfl_cgrp`, or the element of `css_set.subsys` of a cgroup v1 controller
     pub css_set_cgroup: u32,
+    /// `cgroup_subsys_state.cgroup`, where the above is such an element; absent otherwise
+    pub css_cgroup: u32,
+    /// `cgroup.root`
+    pub cgroup_root: u32,
+    /// `cgroup_root.hierarchy_id`
+    pub root_hierarchy_id: u32,
     /// `cgroup.kn`
     pub cgroup_kn: u32,
     /// `kernfs_node.id`
     pub kernfs_id: u32,
+    /// `kernfs_node.parent` (`__parent` since Linux 6.15)
+    pub kernfs_parent: u32,
+    /// `kernfs_node.name`
+    pub kernfs_name: u32,
     /// `pt_regs.orig_ax` (x86-64)
     pub regs_nr: u32,
     /// `pt_regs.di`: the first argument of a system call (x86-64)
@@ -301,6 +329,8 @@ pub struct Layout {
     pub reason_no_socket: u32,
     /// Inode number of the daemon's own network namespace: the node's.
     pub own_netns_inum: u32,
+    /// Number of the cgroup hierarchy that tells pods; 0 is cgroup v2.
+    pub hierarchy_id: u32,
 }
 
 impl Layout {
@@ -314,12 +344,14 @@ const _: () = {
     assert!(offset_of!(Event, signal) == 64);
     assert!(offset_of!(Event, suppressed) == 80);
     assert!(offset_of!(Event, remote_port) == 86);
+    assert!(size_of::<CgroupMade>() == 144);
+    assert!(offset_of!(CgroupMade, name) == 16);
     assert!(size_of::<SignalCounts>() == 32);
     assert!(size_of::<ProbedPort>() == 24);
     assert!(size_of::<ArrivalKey>() == 32);
     assert!(offset_of!(ArrivalKey, port) == 24);
     assert!(size_of::<ArrivalCount>() == 16);
-    assert!(size_of::<Layout>() == 41 * 4);
+    assert!(size_of::<Layout>() == 47 * 4);
 };
 
 #[cfg(feature = "user")]

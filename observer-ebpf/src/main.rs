@@ -11,6 +11,7 @@
 
 mod bpf_call;
 mod call;
+mod cgroup;
 mod commit;
 mod ipvs;
 mod layout;
@@ -107,6 +108,12 @@ pub fn legacy_commit(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "sys_exit")]
 pub fn map_commit(ctx: BtfTracePointContext) -> i32 {
     bpf_call::returned(&ctx, ctx.arg(1))
+}
+
+/// `cgroup_mkdir(cgrp, path)`: before the new directory can be seen, so before anything is in it.
+#[btf_tracepoint(function = "cgroup_mkdir")]
+pub fn cgroup_made(ctx: BtfTracePointContext) -> i32 {
+    cgroup::made(&ctx)
 }
 
 /// `xt_replace_table(table, num_counters, newinfo, error)`.

@@ -1,6 +1,10 @@
 //! Counting, always; sending a detail, within its key's budget.
 
-use aya_ebpf::{EbpfContext, helpers::bpf_ktime_get_boot_ns, maps::lpm_trie::Key};
+use aya_ebpf::{
+    EbpfContext,
+    helpers::bpf_ktime_get_boot_ns,
+    maps::{lpm_trie::Key, ring_buf::RingBufEntry},
+};
 use aya_log_ebpf::warn;
 use observer_common::{
     ArrivalCount, ArrivalKey, Event, Ip, ProbedPort, SignalCounts, outcome, signal, source,
@@ -48,11 +52,28 @@ pub fn send_always(ctx: &impl EbpfContext, event: &Event) {
     let Some(counts) = counts(event.signal) else { return };
     counts.seen += 1;
     if EVENTS.output::<Event>(event, 0).is_err() {
-        if counts.ring_full == 0 {
-            warn!(ctx, "ring buffer full: signal {} loses details", event.signal);
-        }
-        counts.ring_full += 1;
+        count_ring_full(ctx, event.signal, counts);
     }
+}
+
+/// Counts, and gives room for a record that is larger than the stack should hold.
+#[inline(always)]
+pub fn reserve<T: 'static>(ctx: &impl EbpfContext, signal: u32) -> Option<RingBufEntry<T>> {
+    let counts = counts(signal)?;
+    counts.seen += 1;
+    let record = EVENTS.reserve::<T>(0);
+    if record.is_none() {
+        count_ring_full(ctx, signal, counts);
+    }
+    record
+}
+
+#[inline(always)]
+fn count_ring_full(ctx: &impl EbpfContext, signal: u32, counts: &mut SignalCounts) {
+    if counts.ring_full == 0 {
+        warn!(ctx, "ring buffer full: signal {} loses details", signal);
+    }
+    counts.ring_full += 1;
 }
 
 /// Counts without sending.

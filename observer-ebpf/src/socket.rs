@@ -1,9 +1,10 @@
 //! Stages that start from a `struct sock`.
 
-use aya_ebpf::EbpfContext;
-use observer_common::{Event, Ip, outcome, signal};
+use aya_ebpf::{EbpfContext, helpers::bpf_get_current_task};
+use observer_common::{Event, Ip, Layout, outcome, signal};
 
 use crate::{
+    cgroup,
     layout::offset,
     memory::{Address, argument, read, read_or_zero},
     report,
@@ -51,7 +52,10 @@ pub fn state_changed(ctx: &impl EbpfContext, old: u32, new: u32) -> i32 {
         }
         return 0;
     }
-    event.cgroup_id = cgroup_id(sk);
+    event.cgroup_id = match signal {
+        signal::LISTENER_OPENED | signal::LISTENER_CLOSED => listener_cgroup_id(sk),
+        _ => cgroup_id(sk),
+    };
     if signal == signal::CONNECT_FAILED {
         event.code = read_or_zero(sk, offset!(sk_err));
         report::count_errno(event.code);
@@ -142,5 +146,16 @@ fn state(sk: Address) -> u32 {
 
 #[inline(always)]
 fn cgroup_id(sk: Address) -> u64 {
-    crate::task::cgroup_id(read_or_zero(sk, offset!(sk_cgroup)))
+    cgroup::id(read_or_zero(sk, offset!(sk_cgroup)))
+}
+
+/// A listener comes and goes in its process's system calls: where a socket has no cgroup that tells
+/// pods, the process has.
+#[inline(always)]
+fn listener_cgroup_id(sk: Address) -> u64 {
+    if offset!(sk_cgroup) != Layout::ABSENT {
+        return cgroup_id(sk);
+    }
+    // SAFETY: a helper without arguments.
+    cgroup::id(cgroup::of_task(unsafe { bpf_get_current_task() }))
 }

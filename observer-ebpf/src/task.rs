@@ -1,5 +1,5 @@
 //! Stages that start from a `struct task_struct`, and what a task, socket or device points to: its
-//! network namespace and its cgroup.
+//! network namespace.
 
 use aya_ebpf::{
     EbpfContext,
@@ -8,6 +8,7 @@ use aya_ebpf::{
 use observer_common::{Event, signal};
 
 use crate::{
+    cgroup,
     layout::offset,
     memory::{Address, argument, read, read_or_zero},
     report,
@@ -109,8 +110,7 @@ fn is_other_table(replacement: Address) -> bool {
 #[inline(always)]
 fn fill(event: &mut Event, task: Address) {
     event.pid = read_or_zero(task, offset!(task_tgid));
-    let css_set: Address = read_or_zero(task, offset!(task_cgroups));
-    event.cgroup_id = cgroup_id(read_or_zero(css_set, offset!(css_set_cgroup)));
+    event.cgroup_id = cgroup::id(cgroup::of_task(task));
     // An exiting task may have left its namespaces already: then both stay 0.
     let nsproxy: Address = read_or_zero(task, offset!(task_nsproxy));
     fill_netns(event, read_or_zero(nsproxy, offset!(nsproxy_net)));
@@ -121,11 +121,4 @@ fn fill(event: &mut Event, task: Address) {
 pub fn fill_netns(event: &mut Event, net: Address) {
     event.netns_inum = read_or_zero(net, offset!(net_inum));
     event.netns_cookie = read_or_zero(net, offset!(net_cookie));
-}
-
-/// From a `struct cgroup`: the inode number of its directory in the cgroup v2 hierarchy.
-#[inline(always)]
-pub fn cgroup_id(cgroup: Address) -> u64 {
-    let kernfs_node: Address = read_or_zero(cgroup, offset!(cgroup_kn));
-    read_or_zero(kernfs_node, offset!(kernfs_id))
 }

@@ -66,7 +66,8 @@ pub struct RunArgs {
     #[arg(long, env = "OBSERVER_LISTEN", value_name = "ADDRESS:PORT", default_value = "[::]:9464")]
     pub listen: SocketAddr,
 
-    /// The cgroup v2 hierarchy of the node; its directories tell which process is in which pod
+    /// The node's cgroups (version 2, or the directory of those of version 1): their directories tell
+    /// which process is in which pod
     #[arg(
         long,
         env = "OBSERVER_CGROUP_ROOT",

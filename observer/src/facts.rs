@@ -364,10 +364,12 @@ pub struct KernelEvent {
     pub happening: Happening,
     /// The pod whose cgroup the socket or process is in, if it is in one.
     pub pod: Option<PodUid>,
-    /// The cgroup v2 id: one container of the pod.
+    /// The cgroup: of a pod's process, that of its container.
     pub cgroup_id: u64,
     /// The network namespace, by the kernel's never reused cookie.
     pub netns_cookie: u64,
+    /// Whether that is the node's, which host-network pods share.
+    pub in_node_network: bool,
     /// The end the hook ran for.
     pub local: SocketAddr,
     /// The other end.

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,6 +14,7 @@ use nix::sched::{CloneFlags, unshare};
 use observer::clock;
 use observer::facts::{BootNs, Happening, KernelEvent, Origin, Outcome};
 use observer::kernel::addresses::Range;
+use observer::kernel::cgroups::Hierarchy;
 use observer::kernel::probes::LEGACY_COMMIT;
 use observer::kernel::{self, Started};
 use tokio::sync::mpsc;
@@ -25,6 +26,10 @@ const CAPACITY: usize = 4_096;
 fn lock() -> MutexGuard<'static, ()> {
     static LOCK: Mutex<()> = Mutex::new(());
     LOCK.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn hierarchy() -> Hierarchy {
+    Hierarchy::find(Path::new("/sys/fs/cgroup")).expect("cgroups")
 }
 
 /// Runs `test` on a thread with an own network namespace and loopback up; the namespace ends with
@@ -56,8 +61,7 @@ fn observe_with(
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
     runtime.block_on(async {
-        let mut kernel =
-            kernel::start(PathBuf::from("/sys/fs/cgroup")).expect("kernel side starts");
+        let mut kernel = kernel::start(hierarchy()).expect("kernel side starts");
         prepare(&mut kernel);
         let Started { probes, events, counters, addresses: _addresses, .. } = kernel;
         for probe in probes.states() {
@@ -262,7 +266,7 @@ fn nothing_stays_open_when_the_parts_are_dropped() {
             .count()
     };
     assert_eq!(open(), 0);
-    let started = kernel::start(PathBuf::from("/sys/fs/cgroup")).expect("kernel side starts");
+    let started = kernel::start(hierarchy()).expect("kernel side starts");
     assert!(open() > 0);
     drop(started);
     assert_eq!(open(), 0);

@@ -16,7 +16,7 @@ use observer::dataplane::{Counters, Family, legacy, reach};
 use observer::facts::BootNs;
 use observer::fuzzing;
 use observer::kernel::btf::Btf;
-use observer::kernel::decode::{Undecodable, decode};
+use observer::kernel::decode::{Undecodable, decode, new_cgroup};
 use observer::kernel::layout;
 use observer::report::{NodeAnswer, merge, render};
 
@@ -162,7 +162,10 @@ pub fn kernel_btf(bytes: &[u8]) {
 
 /// A record of the ring buffer.
 pub fn kernel_event(bytes: &[u8]) {
-    match decode(bytes) {
+    if let Some(made) = new_cgroup(bytes) {
+        assert!(made.name.len() < bytes.len());
+    }
+    match decode(bytes, 1) {
         Ok(event) => {
             assert_eq!(event.at.0.to_ne_bytes(), bytes[..8]);
             assert_eq!(event.suppressed.to_ne_bytes(), bytes[80..84]);

@@ -15,6 +15,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::{debug, info, warn};
 
 use super::hooks::{CommitHooks, LOOK};
+use super::pod_cgroups::PodCgroups;
 use super::sources;
 use crate::api::Question;
 use crate::clock;
@@ -53,6 +54,8 @@ pub(super) struct Shown {
     pub(super) metrics: Metrics,
     /// Readiness of the dataplane's reader.
     pub(super) rules: Item,
+    /// Readiness of what tells pods.
+    pub(super) cgroups: PodCgroups,
     pub(super) rule_counters: Arc<dataplane::Counters>,
     pub(super) watches: cluster::Health,
     pub(super) readiness: Readiness,
@@ -279,6 +282,7 @@ impl Desk {
         for ((namespace, workload), count) in self.correlator.refused_by_workload() {
             metrics.set_refused(&namespace, &workload, count);
         }
+        self.shown.cgroups.show(&self.kernel.reader);
         metrics.set_undecodable(self.kernel.reader.undecodable.load(Ordering::Relaxed));
         metrics.set_dataplane(&self.shown.rule_counters);
         metrics.set_queued("kernel", inbox.events.len());

@@ -6,15 +6,15 @@
 
 mod desk;
 mod hooks;
+mod pod_cgroups;
 mod sources;
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
-use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -22,6 +22,7 @@ use tokio::task::{JoinError, JoinSet};
 use tracing::{info, warn};
 
 use crate::kernel::addresses::Range;
+use crate::kernel::cgroups::Hierarchy;
 use crate::kernel::{self, Probes, StartError};
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
@@ -33,6 +34,7 @@ use crate::{
 use cluster::Server;
 use desk::{Desk, Inbox, Kernel, Shown};
 use hooks::{CommitHooks, Maps};
+use pod_cgroups::PodCgroups;
 
 /// Facts of one source that may wait for the correlator. A burst of a few thousand fits; beyond
 /// that the source waits, and the kernel's ring buffer or the API server holds the rest.
@@ -54,7 +56,7 @@ pub struct Settings {
     pub kubeconfig: Option<PathBuf>,
     /// Where to serve HTTP.
     pub listen: SocketAddr,
-    /// The cgroup v2 hierarchy.
+    /// The cgroup v2 hierarchy, or the directory of those of version 1.
     pub cgroup_root: PathBuf,
     /// The cluster's address ranges; empty when sources are not told apart.
     pub cluster: Vec<Range>,
@@ -79,9 +81,9 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let listener = api::bind(settings.listen).await?;
     let address = listener.local_addr().context("cannot tell the port")?;
     let server = cluster::server(settings.kubeconfig.as_deref()).await?;
-    check_cgroup_root(&settings.cgroup_root)?;
+    let hierarchy = Hierarchy::find(&settings.cgroup_root)?;
     let (node, api_server) = (settings.node.clone(), server.address.clone());
-    let mut tasks = start(settings, listener, server)?;
+    let mut tasks = start(settings, hierarchy, listener, server)?;
     info!(%address, node, %api_server, "started");
 
     let outcome = tokio::select! {
@@ -95,13 +97,20 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
 }
 
 /// Attaches the probes and wires every part to the correlator. All of it ends with the tasks.
-fn start(settings: Settings, listener: TcpListener, server: Server) -> anyhow::Result<Tasks> {
+fn start(
+    settings: Settings,
+    hierarchy: Hierarchy,
+    listener: TcpListener,
+    server: Server,
+) -> anyhow::Result<Tasks> {
     let metrics = Metrics::new()?;
     let readiness = Readiness::default();
     let watches = cluster::Health::expect(&readiness);
     let rules = readiness.expect("dataplane", "the node's rules are not read yet");
 
-    let mut kernel = kernel::start(settings.cgroup_root)?;
+    info!(%hierarchy, "cgroups that tell pods");
+    let cgroups = PodCgroups::expect(&readiness, &hierarchy);
+    let mut kernel = kernel::start(hierarchy)?;
     show_probes(&kernel.probes, &readiness, &metrics);
     sources::classify_ranges(&mut kernel.addresses, &settings.cluster)?;
     sources::classify_node(&mut kernel.addresses)?;
@@ -131,6 +140,7 @@ fn start(settings: Settings, listener: TcpListener, server: Server) -> anyhow::R
     let shown = Shown {
         metrics: metrics.clone(),
         rules,
+        cgroups,
         rule_counters: rule_settings.counters.clone(),
         watches: watches.clone(),
         readiness: readiness.clone(),
@@ -150,16 +160,6 @@ fn start(settings: Settings, listener: TcpListener, server: Server) -> anyhow::R
     }));
     tasks.spawn(named("correlator", desk.run(Inbox { events, facts, updates, asked })));
     Ok(tasks)
-}
-
-/// Elsewhere no process would be found in any pod, and nobody would learn why.
-fn check_cgroup_root(root: &Path) -> anyhow::Result<()> {
-    let advice = || format!("{}: check --cgroup-root", root.display());
-    let kind = statfs(root).with_context(advice)?.filesystem_type();
-    if kind != CGROUP2_SUPER_MAGIC {
-        return Err(anyhow!("not a cgroup v2 hierarchy").context(advice()));
-    }
-    Ok(())
 }
 
 /// A task's outcome with its name.

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::evidence::{Count, CountKey, Evidence, Netns, ProcessFact, ProcessStep};
+use super::evidence::{Count, CountKey, Evidence, Listening, Netns, ProcessFact, ProcessStep};
 use super::pods::{Pod, Watched};
 use super::removals::{all_removed, endpoint_terminating};
 use super::timeline::{Instant, Source, TailEnds, Timeline};
@@ -117,9 +117,15 @@ impl Assembler<'_> {
     /// Service port is known. A port is closed by its last close, unless a socket that opened
     /// since the floor still listens: a server that restarts gracefully opens before it closes.
     fn listener_closed(&self, uid: &PodUid, pod: &Pod, floor: BootNs) -> Option<BootNs> {
+        let pod_has_network = pod.owns_its_network();
         let mut ports: BTreeMap<u16, (BTreeSet<u64>, Option<BootNs>)> = BTreeMap::new();
-        for (netns, listeners) in &self.evidence.listeners {
-            if self.netns_owner(*netns) != Some(uid) {
+        for (whose, listeners) in &self.evidence.listeners {
+            let owner = match whose {
+                Listening::In(netns) => self.netns_owner(*netns),
+                // One with a network of its own has none there that serves.
+                Listening::OnNode(pod) => Some(pod).filter(|_| !pod_has_network),
+            };
+            if owner != Some(uid) {
                 continue;
             }
             for listener in listeners.iter().filter(|listener| listener.at >= floor) {

@@ -13,6 +13,15 @@ use crate::facts::{
 /// The network namespace of a pod, which tells apart pods that share an address over time.
 pub(super) type Netns = u64;
 
+/// Whose a listener is: where it is tells, except in the node's network, which pods share.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Listening {
+    /// Whoever owns this network namespace.
+    In(Netns),
+    /// The pod whose cgroup the socket is in, in the node's network.
+    OnNode(PodUid),
+}
+
 /// A listener's step: when, on which port, which socket, opened or closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Listener {
@@ -95,8 +104,8 @@ pub(super) struct Evidence {
     /// Whose network namespace it is, from sockets and processes in a pod's cgroup.
     /// With the latest event that says so.
     pub(super) netns_to_pods: BTreeMap<Netns, BTreeMap<PodUid, BootNs>>,
-    /// Listeners per network namespace.
-    pub(super) listeners: BTreeMap<Netns, BTreeSet<Listener>>,
+    /// Listeners, but for those of the node itself.
+    pub(super) listeners: BTreeMap<Listening, BTreeSet<Listener>>,
     /// Signals and exits per pod.
     pub(super) processes: BTreeMap<PodUid, BTreeSet<ProcessFact>>,
     /// Refusals reported in detail: when and to whom, with the like events suppressed before.
@@ -114,8 +123,10 @@ pub(super) struct Evidence {
 impl Evidence {
     /// Takes one kernel event. Those that are no part of a timeline are left to the caller.
     pub(super) fn record_event(&mut self, event: &KernelEvent) {
+        // A container's first processes are in the pod's cgroup before they leave the node's network.
         if let Some(pod) = &event.pod
             && event.netns_cookie != 0
+            && !event.in_node_network
         {
             let pods = self.netns_to_pods.entry(event.netns_cookie).or_default();
             let latest = pods.entry(pod.clone()).or_insert(event.at);
@@ -142,9 +153,14 @@ impl Evidence {
     }
 
     fn record_listener(&mut self, event: &KernelEvent, opened: bool) {
+        let whose = match &event.pod {
+            _ if !event.in_node_network => Listening::In(event.netns_cookie),
+            Some(pod) => Listening::OnNode(pod.clone()),
+            None => return,
+        };
         let listener =
             Listener { at: event.at, port: event.local.port(), socket: event.socket, opened };
-        self.listeners.entry(event.netns_cookie).or_default().insert(listener);
+        self.listeners.entry(whose).or_default().insert(listener);
     }
 
     fn record_process(&mut self, event: &KernelEvent, what: ProcessStep) {
@@ -184,9 +200,15 @@ impl Evidence {
             !pods.is_empty()
         });
         let netns_to_pods = &self.netns_to_pods;
-        self.listeners.retain(|netns, steps| {
-            let mut pods = netns_to_pods.get(netns).into_iter().flat_map(BTreeMap::keys);
-            if !pods.any(|pod| open.pods.contains(pod)) {
+        self.listeners.retain(|whose, steps| {
+            let is_open = match whose {
+                Listening::In(netns) => {
+                    let mut pods = netns_to_pods.get(netns).into_iter().flat_map(BTreeMap::keys);
+                    pods.any(|pod| open.pods.contains(pod))
+                }
+                Listening::OnNode(pod) => open.pods.contains(pod),
+            };
+            if !is_open {
                 steps.retain(|listener| listener.at >= horizon);
             }
             !steps.is_empty()

@@ -14,6 +14,8 @@ mod timeline;
 mod uid;
 
 #[cfg(test)]
+mod node_network_tests;
+#[cfg(test)]
 mod property_tests;
 #[cfg(test)]
 mod story;

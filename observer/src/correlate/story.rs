@@ -150,6 +150,7 @@ impl Teller {
             pod: in_process.then(|| uid(self.pod)),
             cgroup_id: if in_process { self.netns + 1 } else { 0 },
             netns_cookie: self.netns,
+            in_node_network: false,
             local: SocketAddr::new(address(self.address), port),
             remote: SocketAddr::new(address(200), 40_000),
             pid: 4_242,

@@ -27,6 +27,7 @@ pub const SIGNAL_NAMES: [&str; signal::COUNT as usize] = [
     "ipvs_commit",
     "map_commit",
     "legacy_call",
+    "cgroup_made",
 ];
 
 /// One reading of everything the kernel counts.

@@ -1,9 +1,10 @@
 //! Bytes of the ring buffer to facts: the one reader of the wire contract.
 
+use std::mem::offset_of;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use bytes::Buf as _;
-use observer_common::{Event, Ip, signal};
+use observer_common::{CgroupMade, Event, Ip, signal};
 
 use crate::facts::{BootNs, Happening, KernelEvent};
 
@@ -16,11 +17,35 @@ pub enum Undecodable {
     Signal(u32),
 }
 
-/// Decodes one record. `pod` stays empty: whose cgroup it is, the caller looks up.
+/// A cgroup that was just made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewCgroup<'a> {
+    /// The inode of its directory.
+    pub id: u64,
+    /// Its parent's.
+    pub parent: u64,
+    /// The name of its directory; empty when it is no UTF-8, which no pod's is.
+    pub name: &'a str,
+}
+
+/// Decodes a record of a new cgroup; `None` when it is none.
+#[must_use]
+pub fn new_cgroup(record: &[u8]) -> Option<NewCgroup<'_>> {
+    if record.len() != size_of::<CgroupMade>() {
+        return None;
+    }
+    let (mut ids, name) = record.split_at(offset_of!(CgroupMade, name));
+    let end = name.iter().position(|byte| *byte == 0)?;
+    let name = str::from_utf8(&name[..end]).unwrap_or_default();
+    Some(NewCgroup { id: ids.get_u64_ne(), parent: ids.get_u64_ne(), name })
+}
+
+/// Decodes one event, on a node whose network namespace has this inode. `pod` stays empty: whose
+/// cgroup it is, the caller looks up.
 ///
 /// # Errors
 /// When the record is not an [`Event`] of a known signal.
-pub fn decode(record: &[u8]) -> Result<KernelEvent, Undecodable> {
+pub fn decode(record: &[u8], own_netns_inum: u32) -> Result<KernelEvent, Undecodable> {
     let event = read(record)?;
     Ok(KernelEvent {
         at: BootNs(event.boot_ns),
@@ -28,6 +53,7 @@ pub fn decode(record: &[u8]) -> Result<KernelEvent, Undecodable> {
         pod: None,
         cgroup_id: event.cgroup_id,
         netns_cookie: event.netns_cookie,
+        in_node_network: event.netns_inum == own_netns_inum,
         local: SocketAddr::new(address(event.local_address), event.local_port),
         remote: SocketAddr::new(address(event.remote_address), event.remote_port),
         pid: event.pid,
@@ -113,7 +139,7 @@ mod tests {
 
     #[test]
     fn every_field_comes_from_its_own_bytes() {
-        let event = decode(&record(signal::CONNECT_FAILED)).expect("valid");
+        let event = decode(&record(signal::CONNECT_FAILED), 99).expect("valid");
         assert_eq!(event.at, BootNs(7));
         assert_eq!(event.netns_cookie, 8);
         assert_eq!(event.cgroup_id, 9);
@@ -122,20 +148,36 @@ mod tests {
         assert_eq!(event.remote, "[::1]:40000".parse().expect("address"));
         assert_eq!(event.happening, Happening::ConnectFailed { errno: 111 });
         assert_eq!((event.pid, event.suppressed), (13, 14));
+        assert!(!event.in_node_network);
+        assert!(decode(&record(signal::REFUSED), 12).expect("valid").in_node_network);
     }
 
     #[test]
     fn other_lengths_and_unknown_signals_are_refused() {
         let whole = record(signal::REFUSED);
         for length in 0..whole.len() {
-            assert_eq!(decode(&whole[..length]), Err(Undecodable::Length(length)));
+            assert_eq!(decode(&whole[..length], 0), Err(Undecodable::Length(length)));
         }
         let mut long = whole;
         long.push(0);
-        assert_eq!(decode(&long), Err(Undecodable::Length(89)));
+        assert_eq!(decode(&long, 0), Err(Undecodable::Length(89)));
         // Counted in the kernel, never sent.
         let passive = record(signal::PASSIVE_OPEN);
-        assert_eq!(decode(&passive), Err(Undecodable::Signal(signal::PASSIVE_OPEN)));
-        assert_eq!(decode(&record(999)), Err(Undecodable::Signal(999)));
+        assert_eq!(decode(&passive, 0), Err(Undecodable::Signal(signal::PASSIVE_OPEN)));
+        assert_eq!(decode(&record(999), 0), Err(Undecodable::Signal(999)));
+    }
+    #[test]
+    fn a_new_cgroup_is_told_from_an_event_by_its_size() {
+        let mut made = [7_u64, 8].map(u64::to_ne_bytes).concat();
+        made.extend_from_slice(b"pod-1\0left over");
+        made.resize(size_of::<CgroupMade>(), 9);
+        assert_eq!(new_cgroup(&made), Some(NewCgroup { id: 7, parent: 8, name: "pod-1" }));
+        assert_eq!(decode(&made, 0), Err(Undecodable::Length(144)));
+        assert_eq!(new_cgroup(&made[..143]), None);
+        assert_eq!(new_cgroup(&record(signal::REFUSED)), None);
+        made[16] = 0xff;
+        assert_eq!(new_cgroup(&made).expect("a cgroup").name, "");
+        made[16..].fill(b'x');
+        assert_eq!(new_cgroup(&made), None, "an unended name is not the programs'");
     }
 }

@@ -1,8 +1,10 @@
 //! What the kernel programs must know of the running kernel, from its BTF.
 
+use anyhow::Context as _;
 use observer_common::Layout;
 
 use super::btf::Btf;
+use super::cgroups::Controller;
 
 /// The layout, and the fields this kernel lacks, by their kernel names.
 #[derive(Clone, Debug)]
@@ -13,7 +15,11 @@ pub struct Resolved {
     pub missing: Vec<String>,
 }
 
-/// Resolves every offset and value. `own_netns_inum` is the node's network namespace.
+/// Bytes of a pointer.
+const POINTER_BYTES: u32 = 8;
+
+/// Resolves every offset and value. `own_netns_inum` is the node's network namespace. Cgroups are
+/// those of version 2.
 #[must_use]
 pub fn resolve(btf: &Btf, own_netns_inum: u32) -> Resolved {
     let mut missing = Vec::new();
@@ -57,8 +63,16 @@ pub fn resolve(btf: &Btf, own_netns_inum: u32) -> Resolved {
         map_id: field("bpf_map", "id"),
         nsproxy_net: field("nsproxy", "net_ns"),
         css_set_cgroup: field("css_set", "dfl_cgrp"),
+        css_cgroup: Layout::ABSENT,
+        cgroup_root: field("cgroup", "root"),
+        root_hierarchy_id: field("cgroup_root", "hierarchy_id"),
         cgroup_kn: field("cgroup", "kn"),
         kernfs_id: field("kernfs_node", "id"),
+        kernfs_parent: match btf.field_offset("kernfs_node", "__parent") {
+            Some(renamed) => renamed,
+            None => field("kernfs_node", "parent"),
+        },
+        kernfs_name: field("kernfs_node", "name"),
         // The register names are x86-64's; elsewhere they are absent and the program stays off.
         regs_nr: field("pt_regs", "orig_ax"),
         regs_arg0: field("pt_regs", "di"),
@@ -68,10 +82,33 @@ pub fn resolve(btf: &Btf, own_netns_inum: u32) -> Resolved {
         reason_netfilter_drop: Layout::ABSENT,
         reason_no_socket: Layout::ABSENT,
         own_netns_inum,
+        hierarchy_id: 0,
     };
     let mut reason =
         |name: &str| note(btf.enumerator("skb_drop_reason", name), "skb_drop_reason", name);
     layout.reason_netfilter_drop = reason("SKB_DROP_REASON_NETFILTER_DROP");
     layout.reason_no_socket = reason("SKB_DROP_REASON_NO_SOCKET");
     Resolved { layout, missing }
+}
+
+impl Resolved {
+    /// Tells tasks' cgroups by a controller's version 1 hierarchy. A socket then has none: the
+    /// kernel notes its cgroup v2 only.
+    ///
+    /// # Errors
+    /// When the kernel has no such controller.
+    pub fn tell_by(&mut self, controller: Controller, btf: &Btf) -> anyhow::Result<()> {
+        let element = format!("{}_cgrp_id", controller.name);
+        let index = btf
+            .enumerator("cgroup_subsys_id", &element)
+            .with_context(|| format!("this kernel has no cgroup_subsys_id.{element}"))?;
+        let array = btf.field_offset("css_set", "subsys");
+        let array = array.context("this kernel has no css_set.subsys")?;
+        let cgroup = btf.field_offset("cgroup_subsys_state", "cgroup");
+        self.layout.css_set_cgroup = array + index * POINTER_BYTES;
+        self.layout.css_cgroup = cgroup.context("this kernel has no cgroup_subsys_state.cgroup")?;
+        self.layout.sk_cgroup = Layout::ABSENT;
+        self.layout.hierarchy_id = controller.hierarchy_id;
+        Ok(())
+    }
 }

@@ -18,9 +18,8 @@ use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{Context as _, anyhow};
 use aya::maps::{Map, MapData, RingBuf};
@@ -32,7 +31,7 @@ use tokio::sync::mpsc;
 
 use self::addresses::Addresses;
 use self::btf::Btf;
-use self::cgroups::Cgroups;
+use self::cgroups::{Cgroups, Hierarchy};
 use self::commits::Commits;
 use self::counters::Counters;
 use self::layout::Resolved;
@@ -92,14 +91,17 @@ pub struct Started {
     pub commits: Commits,
 }
 
-/// Loads the programs and attaches every signal that this kernel supports.
+/// Loads the programs and attaches every signal that this kernel supports. `hierarchy` tells pods.
 ///
 /// # Errors
 /// See [`StartError`]. A signal that cannot be attached is no error: see [`Probes::states`].
-pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
+pub fn start(hierarchy: Hierarchy) -> Result<Started, StartError> {
     let types = read_types().map_err(StartError::NoBtf)?;
     let netns = own_netns_inum().map_err(StartError::Failed)?;
-    let resolved = layout::resolve(&types.kernel, netns);
+    let mut resolved = layout::resolve(&types.kernel, netns);
+    if let Some(controller) = hierarchy.controller {
+        resolved.tell_by(controller, &types.kernel).map_err(StartError::Failed)?;
+    }
     let mut ebpf = load(&types, &resolved).map_err(classify)?;
     let log = aya_log::EbpfLogger::init(&mut ebpf).map_err(|error| classify(error.into()))?;
     let mut take = |name: &str| -> anyhow::Result<Map> {
@@ -117,7 +119,9 @@ pub fn start(cgroup_root: PathBuf) -> Result<Started, StartError> {
         .collect();
     let probes = Probes { ebpf, resolved, states };
     probes.refuse_if_none_may_attach()?;
-    let events = Events { ring, log, cgroups: Cgroups::new(cgroup_root), counts: Arc::default() };
+    // What is made from here on, the programs tell.
+    let cgroups = Cgroups::new(hierarchy.root);
+    let events = Events { ring, log, cgroups, own_netns_inum: netns, counts: Arc::default() };
     Ok(Started { probes, events, counters, addresses, watched, commits })
 }
 
@@ -227,6 +231,8 @@ pub struct EventCounts {
     pub undecodable: AtomicU64,
     /// Events delivered.
     pub delivered: AtomicU64,
+    /// Whether the directory of any pod was seen.
+    pub knows_a_pod: AtomicBool,
 }
 
 /// The reader of the ring buffer and of the programs' own log.
@@ -234,6 +240,7 @@ pub struct Events {
     ring: RingBuf<MapData>,
     log: aya_log::EbpfLogger<&'static dyn log::Log>,
     cgroups: Cgroups,
+    own_netns_inum: u32,
     counts: Arc<EventCounts>,
 }
 
@@ -250,7 +257,9 @@ impl Events {
     /// # Errors
     /// When the ring buffer cannot be polled.
     pub async fn run(self, facts: mpsc::Sender<KernelEvent>) -> anyhow::Result<()> {
-        let Self { ring, log, mut cgroups, counts } = self;
+        let Self { ring, log, cgroups, own_netns_inum, counts } = self;
+        let mut records = Records { cgroups, own_netns_inum, counts };
+        records.note_pods();
         let mut ring = pollable(ring).context("cannot poll the ring buffer")?;
         let mut log = pollable(log).context("cannot poll the programs' log")?;
         loop {
@@ -258,16 +267,13 @@ impl Events {
                 ready = ring.readable_mut() => {
                     let mut ready = ready.context("cannot poll the ring buffer")?;
                     while let Some(record) = ready.get_inner_mut().next() {
-                        let Ok(mut event) = decode::decode(&record) else {
-                            counts.undecodable.fetch_add(1, Ordering::Relaxed);
-                            continue;
-                        };
+                        let event = records.take(&record);
                         drop(record);
-                        event.pod = cgroups.pod(event.cgroup_id, clock::now());
+                        let Some(event) = event else { continue };
                         if facts.send(event).await.is_err() {
                             return Ok(());
                         }
-                        counts.delivered.fetch_add(1, Ordering::Relaxed);
+                        records.counts.delivered.fetch_add(1, Ordering::Relaxed);
                     }
                     ready.clear_ready();
                 }
@@ -277,6 +283,40 @@ impl Events {
                     ready.clear_ready();
                 }
             }
+        }
+    }
+}
+
+/// What records become events with.
+struct Records {
+    cgroups: Cgroups,
+    own_netns_inum: u32,
+    counts: Arc<EventCounts>,
+}
+
+impl Records {
+    /// The event of a record, if it has one. The ring buffer keeps what causes before what is
+    /// caused: a cgroup comes before all that happens in it.
+    fn take(&mut self, record: &[u8]) -> Option<KernelEvent> {
+        if let Some(made) = decode::new_cgroup(record) {
+            self.cgroups.made(&made);
+            self.note_pods();
+            return None;
+        }
+        let Ok(mut event) = decode::decode(record, self.own_netns_inum) else {
+            self.counts.undecodable.fetch_add(1, Ordering::Relaxed);
+            return None;
+        };
+        if let Some(place) = self.cgroups.place(event.cgroup_id, clock::now()) {
+            event.pod = Some(place.pod);
+            event.cgroup_id = place.container.unwrap_or(event.cgroup_id);
+        }
+        Some(event)
+    }
+
+    fn note_pods(&self) {
+        if !self.counts.knows_a_pod.load(Ordering::Relaxed) && self.cgroups.knows_a_pod() {
+            self.counts.knows_a_pod.store(true, Ordering::Relaxed);
         }
     }
 }

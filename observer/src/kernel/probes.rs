@@ -97,6 +97,14 @@ const DROP: &[&str] =
     &["sk_buff.head", "sk_buff.network_header", "skb_drop_reason.SKB_DROP_REASON_NETFILTER_DROP"];
 const TASK: &[&str] =
     &["task_struct.tgid", "task_struct.cgroups", "css_set.dfl_cgrp", "cgroup.kn", "kernfs_node.id"];
+const CGROUP: &[&str] = &[
+    "cgroup.kn",
+    "cgroup.root",
+    "cgroup_root.hierarchy_id",
+    "kernfs_node.id",
+    "kernfs_node.parent",
+    "kernfs_node.name",
+];
 const SYSTEM_CALL: &[&str] = &[
     "pt_regs.orig_ax",
     "pt_regs.si",
@@ -202,6 +210,12 @@ pub const NFT_COMMIT: Signal = Signal {
 
 /// Everything attached from the start.
 pub const SIGNALS: &[Signal] = &[
+    Signal {
+        name: "cgroup_made",
+        // Without it directories are looked for when a process of an unknown one does something.
+        essential: false,
+        methods: &[tp_btf("cgroup_mkdir", "cgroup_made", 1, CGROUP)],
+    },
     Signal {
         name: "socket_state",
         essential: true,

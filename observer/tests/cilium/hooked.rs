@@ -7,6 +7,7 @@ use observer::clock;
 use observer::dataplane::cilium::map_ids;
 use observer::dataplane::{Commit, CommitSignal, SilentTable};
 use observer::facts::{BackendChange, BackendStep, BootNs, Happening, KernelEvent};
+use observer::kernel::cgroups::Hierarchy;
 use observer::kernel::counters::SIGNAL_NAMES;
 use observer::kernel::probes::MAP_COMMIT;
 use observer::kernel::watched::WatchedMaps;
@@ -31,8 +32,9 @@ struct Hooked {
 
 impl Hooked {
     fn start(maps: &Path) -> Self {
+        let hierarchy = Hierarchy::find(Path::new("/sys/fs/cgroup")).expect("cgroups");
         let Started { mut probes, events, counters, mut watched, .. } =
-            kernel::start("/sys/fs/cgroup".into()).expect("kernel side starts");
+            kernel::start(hierarchy).expect("kernel side starts");
         probes.watch(&MAP_COMMIT, true).expect("attach");
         let state = probes.states().iter().find(|probe| probe.signal == MAP_COMMIT.name);
         let state = state.expect("the hook's state");

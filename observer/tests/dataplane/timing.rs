@@ -10,13 +10,14 @@
 //! reported) is taken off, and nothing else is. The stated uncertainty has to cover them all the
 //! same. Also, these tests run alone among those of this program, and before other processes.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc;
 use observer::dataplane::{Family, Update};
 use observer::facts::{BackendChange, BackendStep, BootNs, Happening, KernelEvent, Protocol};
+use observer::kernel::cgroups::Hierarchy;
 use observer::kernel::probes::LEGACY_COMMIT;
 use observer::kernel::{self, Probes, Started};
 use tokio::sync::mpsc;
@@ -78,7 +79,8 @@ struct Hook {
 
 impl Hook {
     fn attach() -> Self {
-        let started = kernel::start(PathBuf::from("/sys/fs/cgroup")).expect("load the programs");
+        let hierarchy = Hierarchy::find(Path::new("/sys/fs/cgroup")).expect("cgroups");
+        let started = kernel::start(hierarchy).expect("load the programs");
         let Started { mut probes, events, .. } = started;
         let hook = probes.watch(&LEGACY_COMMIT, true).expect("attach");
         assert!(hook.is_some_and(|probe| probe.method.is_some()), "{hook:?}");

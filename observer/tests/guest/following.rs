@@ -1,6 +1,5 @@
 //! A follower in the guest, with or without the kernel's hook for commits, and what it tells.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +10,8 @@ use observer::kernel::addresses::Addresses;
 use observer::kernel::probes::Signal;
 use observer::kernel::{self, Probes, Started};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
+
+use super::machine::hierarchy;
 
 /// Far more than an emulated guest needs; it ends a wait that would never end.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
@@ -102,7 +103,7 @@ pub(crate) struct Hooked {
 impl Hooked {
     /// Attaches the hook and has what it tells passed on.
     pub(crate) fn start(hook: &'static Signal, signals: Sender<CommitSignal>) -> Self {
-        let started = kernel::start(PathBuf::from("/sys/fs/cgroup"));
+        let started = kernel::start(hierarchy());
         let Started { probes, events, counters, addresses, .. } = started.expect("the kernel side");
         let (sender, mut told) = channel(1024);
         tokio::spawn(events.run(sender));

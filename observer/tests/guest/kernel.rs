@@ -3,16 +3,15 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
-use std::path::PathBuf;
 
 use observer::facts::Outcome;
 use observer::kernel::probes::{LEGACY_COMMIT, NFT_COMMIT, Probe};
 use observer::kernel::{self, Started};
 
-use super::machine::{require_guest, run, runtime};
+use super::machine::{hierarchy, require_guest, run, runtime};
 
 fn start() -> Started {
-    kernel::start(PathBuf::from("/sys/fs/cgroup")).expect("the kernel side starts")
+    kernel::start(hierarchy()).expect("the kernel side starts")
 }
 
 #[test]

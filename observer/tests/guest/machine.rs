@@ -2,10 +2,12 @@
 
 use std::env;
 use std::io::Write as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
+use observer::kernel::cgroups::Hierarchy;
 
 /// Fails anywhere but in a guest.
 pub(crate) fn require_guest() {
@@ -44,6 +46,11 @@ pub(crate) fn run(command: &str, input: &str) -> String {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command} failed: {errors}");
     String::from_utf8(output.stdout).expect("text")
+}
+
+/// The guest's cgroups.
+pub(crate) fn hierarchy() -> Hierarchy {
+    Hierarchy::find(Path::new("/sys/fs/cgroup")).expect("cgroups")
 }
 
 /// An async runtime on this thread.

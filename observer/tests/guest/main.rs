@@ -5,6 +5,7 @@
 //! it runs nowhere else, and begins with [`machine::require_guest`], because it may load modules
 //! and write rules without taking them back. Everything is emulated: keep tests light.
 
+mod cgroups;
 mod following;
 mod ipvs;
 mod kernel;
@@ -12,3 +13,5 @@ mod legacy;
 mod machine;
 mod modules;
 mod nftables;
+#[path = "../cgroups/pods.rs"]
+mod pods;

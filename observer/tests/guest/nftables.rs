@@ -1,7 +1,6 @@
 //! The rules of kube-proxy's nftables mode under a kernel where `nf_tables` is a module.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -12,7 +11,7 @@ use observer::kernel;
 use observer::kernel::probes::NFT_COMMIT;
 use tokio::sync::mpsc::{Receiver, channel};
 
-use super::machine::{in_namespace, require_guest, run, runtime};
+use super::machine::{hierarchy, in_namespace, require_guest, run, runtime};
 
 /// Far more than an emulated guest needs; it ends a wait that would never end.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -114,8 +113,7 @@ fn a_kprobe_bounds_each_commit_from_below() {
 
 async fn stamped() {
     const COMMITS: usize = 20;
-    let mut kernel =
-        kernel::start(PathBuf::from("/sys/fs/cgroup")).expect("the kernel side starts");
+    let mut kernel = kernel::start(hierarchy()).expect("the kernel side starts");
     let (stamps, told) = (kernel.commits, Arc::new(Mutex::new(None)));
     let tell = told.clone();
     let stamps_of = move |task| {
