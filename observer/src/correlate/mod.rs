@@ -11,7 +11,6 @@ mod pods;
 mod removals;
 mod slices;
 mod timeline;
-mod uid;
 
 #[cfg(test)]
 mod property_tests;
