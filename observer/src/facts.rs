@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::uid::Uid;
+
 /// A moment of `CLOCK_BOOTTIME`, in ns since boot; suspend counts, NTP steps do not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BootNs(pub u64);
@@ -237,7 +239,7 @@ pub struct EndpointPort {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TargetPod {
     /// `targetRef.uid`
-    pub uid: PodUid,
+    pub uid: Uid,
     /// `targetRef.namespace`, or the slice's own.
     pub namespace: Arc<str>,
     /// `targetRef.name`

@@ -6,6 +6,7 @@
 pub mod clock;
 pub mod facts;
 pub mod readiness;
+pub mod uid;
 
 pub mod cluster;
 pub mod dataplane;

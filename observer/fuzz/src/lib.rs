@@ -158,6 +158,7 @@ pub fn kernel_btf(bytes: &[u8]) {
         let arguments = btf.tracepoint_arguments(tracepoint).unwrap_or_default();
         assert!(!btf.tracepoint_argument_is_pointer(tracepoint, arguments));
     }
+    assert!(matches!(btf.only_tracepoints().map(Btf::parse), Ok(Ok(_))));
 }
 
 /// A record of the ring buffer.

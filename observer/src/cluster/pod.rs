@@ -172,8 +172,8 @@ impl Watched for Pod {
         &self.metadata.resource_version
     }
 
-    fn observed(&self, at: BootNs, offset: WallOffset) -> ClusterFact {
-        ClusterFact::Pod(observed(self, at, offset))
+    fn observed(self, at: BootNs, offset: WallOffset) -> ClusterFact {
+        ClusterFact::Pod(observed(&self, at, offset))
     }
 
     fn removed(uid: PodUid, at: BootNs) -> ClusterFact {

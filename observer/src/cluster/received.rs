@@ -148,8 +148,9 @@ pub(super) fn replay<K: Watched>(body: &[u8], at: BootNs, offset: WallOffset) ->
     let mut facts = Vec::new();
     for object in received {
         if let Received::Readable(object) = object {
+            let key = object.key();
             facts.push(object.observed(at, offset));
-            facts.push(K::removed(object.key(), at));
+            facts.push(K::removed(key, at));
         }
     }
     facts

@@ -13,8 +13,8 @@ use serde::{Deserialize, Deserializer};
 
 use crate::clock::WallOffset;
 use crate::facts::{
-    BootNs, ClusterFact, Conditions, Endpoint, EndpointPort, PodUid, Protocol, ServicePort,
-    SliceObserved, TargetPod,
+    BootNs, ClusterFact, Conditions, Endpoint, EndpointPort, Protocol, ServicePort, SliceObserved,
+    TargetPod,
 };
 
 use super::watch::Watched;
@@ -24,11 +24,14 @@ use super::watch::Watched;
 const MAX_ENDPOINTS: usize = 1000;
 const MAX_PORTS: usize = 100;
 
+/// How many endpoints the controller puts in a slice (`--max-endpoints-per-slice`).
+const FULL: usize = 100;
+
 /// `discovery.k8s.io/v1` EndpointSlice.
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct EndpointSlice {
     metadata: Metadata,
-    endpoints: Option<Vec<SliceEndpoint>>,
+    endpoints: Option<Endpoints>,
     ports: Option<Vec<SlicePort>>,
 }
 
@@ -48,16 +51,66 @@ struct Labels {
     service: Option<String>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+/// What is told of the endpoints. Each is read in place, and only what is told of it takes memory of
+/// its own: with every change of one endpoint all of its slice come again. A pod's namespace is empty
+/// where the endpoint gives none.
+#[derive(Clone, Debug, Default)]
+struct Endpoints(Vec<Endpoint>);
+
+impl<'de> Deserialize<'de> for Endpoints {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(Self::default())
+    }
+}
+
+impl<'de> Visitor<'de> for Endpoints {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of endpoints")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut listed: A) -> Result<Self, A::Error> {
+        let mut namespace = Arc::default();
+        self.0.reserve_exact(FULL);
+        while let Some(endpoint) = listed.next_element::<SliceEndpoint<'_>>()? {
+            if self.0.len() < MAX_ENDPOINTS {
+                self.0.extend(endpoint.told(&mut namespace));
+            }
+        }
+        self.0.shrink_to_fit();
+        Ok(self)
+    }
+}
+
+#[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct SliceEndpoint {
+struct SliceEndpoint<'a> {
     #[serde(default)]
     addresses: FirstAddress,
     #[serde(default)]
     conditions: SliceConditions,
-    target_ref: Option<TargetRef>,
-    node_name: Option<Arc<str>>,
+    #[serde(borrow)]
+    target_ref: Option<TargetRef<'a>>,
+    #[serde(borrow)]
+    node_name: Option<Text<'a>>,
 }
+
+impl SliceEndpoint<'_> {
+    /// `namespace` is that of the endpoint before, which most share.
+    fn told(self, namespace: &mut Arc<str>) -> Option<Endpoint> {
+        Some(Endpoint {
+            address: self.addresses.0?,
+            conditions: conditions(&self.conditions),
+            pod: self.target_ref.and_then(|target| target.pod(namespace)),
+            node: self.node_name.map(|name| name.0.into()),
+        })
+    }
+}
+
+/// Text where it was read, unless it has escapes.
+#[derive(Default, Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 #[derive(Clone, Debug, Default, Deserialize)]
 struct SliceConditions {
@@ -66,12 +119,27 @@ struct SliceConditions {
     terminating: Option<bool>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
-struct TargetRef {
+#[derive(Deserialize)]
+struct TargetRef<'a> {
     kind: Option<Kind>,
-    namespace: Option<Arc<str>>,
-    name: Option<Arc<str>>,
-    uid: Option<PodUid>,
+    #[serde(borrow)]
+    namespace: Option<Text<'a>>,
+    #[serde(borrow)]
+    name: Option<Text<'a>>,
+    #[serde(borrow)]
+    uid: Option<Text<'a>>,
+}
+
+impl TargetRef<'_> {
+    fn pod(self, namespace: &mut Arc<str>) -> Option<TargetPod> {
+        self.kind.filter(|kind| *kind == Kind::Pod)?;
+        let own = self.namespace.unwrap_or_default().0;
+        if **namespace != *own {
+            *namespace = own.into();
+        }
+        let uid = (&*self.uid?.0).into();
+        Some(TargetPod { uid, namespace: namespace.clone(), name: self.name?.0.into() })
+    }
 }
 
 /// What a target is.
@@ -101,9 +169,9 @@ impl<'de> Visitor<'de> for FirstAddress {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut addresses: A) -> Result<Self, A::Error> {
-        let first = addresses.next_element::<Cow<'_, str>>()?;
+        let first = addresses.next_element::<Text<'_>>()?;
         while addresses.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(Self(first.and_then(|text| text.parse().ok())))
+        Ok(Self(first.and_then(|text| text.0.parse().ok())))
     }
 }
 
@@ -127,12 +195,14 @@ impl Watched for EndpointSlice {
         &self.metadata.resource_version
     }
 
-    fn observed(&self, at: BootNs, _offset: WallOffset) -> ClusterFact {
+    fn observed(self, at: BootNs, _offset: WallOffset) -> ClusterFact {
         let (mut ports, mut endpoints) = (Vec::new(), Vec::new());
+        let slice = self.key();
         if let Some(service) = &self.metadata.labels.service {
-            (ports, endpoints) = (self::ports(self, service), self::endpoints(self));
+            ports = self::ports(&self, service);
+            endpoints = self::endpoints(self);
         }
-        ClusterFact::Slice(SliceObserved { at, slice: self.key(), ports, endpoints })
+        ClusterFact::Slice(SliceObserved { at, slice, ports, endpoints })
     }
 
     fn removed(slice: Arc<str>, at: BootNs) -> ClusterFact {
@@ -154,17 +224,14 @@ fn ports(slice: &EndpointSlice, service: &str) -> Vec<EndpointPort> {
     slice.ports.iter().flatten().take(MAX_PORTS).filter_map(port).collect()
 }
 
-fn endpoints(slice: &EndpointSlice) -> Vec<Endpoint> {
-    let namespace = &slice.metadata.namespace;
-    let endpoint = |endpoint: &SliceEndpoint| {
-        Some(Endpoint {
-            address: endpoint.addresses.0?,
-            conditions: conditions(&endpoint.conditions),
-            pod: endpoint.target_ref.as_ref().and_then(|target| target_pod(target, namespace)),
-            node: endpoint.node_name.clone(),
-        })
-    };
-    slice.endpoints.iter().flatten().take(MAX_ENDPOINTS).filter_map(endpoint).collect()
+fn endpoints(slice: EndpointSlice) -> Vec<Endpoint> {
+    let mut endpoints = slice.endpoints.unwrap_or_default().0;
+    for pod in endpoints.iter_mut().filter_map(|endpoint| endpoint.pod.as_mut()) {
+        if pod.namespace.is_empty() {
+            pod.namespace = slice.metadata.namespace.clone();
+        }
+    }
+    endpoints
 }
 
 fn service_port(namespace: &str, service: &str, port: Option<&str>) -> ServicePort {
@@ -180,15 +247,6 @@ fn conditions(given: &SliceConditions) -> Conditions {
         serving: given.serving.unwrap_or(true),
         terminating: given.terminating.unwrap_or(false),
     }
-}
-
-fn target_pod(target: &TargetRef, namespace: &Arc<str>) -> Option<TargetPod> {
-    target.kind.filter(|kind| *kind == Kind::Pod)?;
-    Some(TargetPod {
-        uid: target.uid.clone()?,
-        namespace: target.namespace.clone().unwrap_or_else(|| namespace.clone()),
-        name: target.name.clone()?,
-    })
 }
 
 #[cfg(test)]

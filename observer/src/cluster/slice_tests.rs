@@ -61,7 +61,22 @@ fn every_endpoint_has_its_service_port_pod_and_conditions() {
     assert_eq!(second.conditions, Conditions { ready: false, serving: true, terminating: true });
     assert_eq!(second.node.as_deref(), Some("node-2"));
     let pod = second.pod.as_ref().expect("a pod");
-    assert_eq!((&*pod.uid.0, &*pod.namespace, &*pod.name), ("ub", "default", "web-b"));
+    assert_eq!((&*pod.namespace, &*pod.name), ("default", "web-b"));
+    assert_eq!(pod.uid, "ub".into());
+}
+
+#[test]
+fn a_pod_is_of_the_namespace_that_its_target_names_or_else_of_the_slices() {
+    let mut object = slice();
+    let both = object["endpoints"].as_array().cloned().expect("a list");
+    object["endpoints"] = [&both[..]; 4].concat().into();
+    object["endpoints"][2]["targetRef"]["namespace"] = "other".into();
+    object["endpoints"][4]["targetRef"]["namespace"] = "esc\"aped".into();
+    let endpoints = see(object).endpoints;
+    let namespaces = endpoints.iter().flat_map(|endpoint| &endpoint.pod).map(|pod| &*pod.namespace);
+    let expected =
+        ["default", "default", "other", "default", "esc\"aped", "default", "default", "default"];
+    assert_eq!(namespaces.collect::<Vec<_>>(), expected);
 }
 
 #[test]

@@ -82,7 +82,7 @@ pub(super) trait Watched: Debug + DeserializeOwned + Send + 'static {
     /// `metadata.resourceVersion`
     fn resource_version(&self) -> &str;
     /// What it says, seen at `at`.
-    fn observed(&self, at: BootNs, offset: WallOffset) -> ClusterFact;
+    fn observed(self, at: BootNs, offset: WallOffset) -> ClusterFact;
     /// That the object with this key is gone, seen at `at`.
     fn removed(key: Self::Key, at: BootNs) -> ClusterFact;
 }
@@ -290,11 +290,12 @@ impl<K: Watched> Watch<K> {
             }
             Event::Deleted(object) => {
                 if let Some(object) = self.next_version(object) {
-                    self.known.remove(&object.key());
+                    let key = object.key();
+                    self.known.remove(&key);
                     // A forced delete sets the deletion and removes the object in one step: only
                     // this last state tells it from an ordinary end.
                     self.send(object.observed(at, WallOffset::measure())).await;
-                    self.send(K::removed(object.key(), at)).await;
+                    self.send(K::removed(key, at)).await;
                 }
             }
             Event::Bookmark(version) => self.version = Some(version),

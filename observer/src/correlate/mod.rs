@@ -11,7 +11,6 @@ mod pods;
 mod removals;
 mod slices;
 mod timeline;
-mod uid;
 
 #[cfg(test)]
 mod node_network_tests;
@@ -47,6 +46,9 @@ const MAX_OPEN: Duration = Duration::from_mins(10);
 /// well before or after our watches tell why.
 const RETENTION: Duration = Duration::from_mins(10);
 
+/// How often facts past keeping are looked for, which goes through all that are kept.
+const FORGETTING: Duration = Duration::from_secs(10);
+
 /// Closed timelines kept for the API; at a kibibyte or two each, some megabytes.
 const MAX_CLOSED: usize = 4_096;
 
@@ -64,6 +66,8 @@ pub struct Correlator {
     /// Network namespaces of pods whose facts were dropped, and when. Cookies are never reused;
     /// the kernel's counts of them are deleted (`is_retired`) long before these are.
     retired_netns: BTreeMap<u64, BootNs>,
+    /// When facts past keeping were dropped last.
+    forgot: Option<BootNs>,
 }
 
 impl Correlator {
@@ -77,6 +81,7 @@ impl Correlator {
             closed: VecDeque::new(),
             retired_refusals: BTreeMap::new(),
             retired_netns: BTreeMap::new(),
+            forgot: None,
         }
     }
 
@@ -136,13 +141,13 @@ impl Correlator {
     #[must_use]
     pub fn timelines(&self) -> Vec<(Timeline, bool)> {
         let closed = self.closed.iter().map(|timeline| (timeline.clone(), true));
-        closed.chain(self.open().map(|timeline| (timeline, false))).collect()
+        closed.chain(self.open(|_| true).map(|timeline| (timeline, false))).collect()
     }
 
     /// Closes what has ended, drops what is past keeping, and returns the timelines just closed.
     pub fn advance(&mut self, now: BootNs) -> Vec<Timeline> {
         let mut ended: Vec<Timeline> = Vec::new();
-        for mut timeline in self.open() {
+        for mut timeline in self.open(|pod| may_be_over(pod, now)) {
             let pod = &self.pods[&timeline.uid];
             let begun = timeline.first_instant().unwrap_or(now);
             // `kubectl delete --grace-period` may ask for more than the pod's own.
@@ -165,7 +170,10 @@ impl Correlator {
         }
         self.closed.drain(..self.closed.len().saturating_sub(MAX_CLOSED));
         self.note_drained();
-        self.forget(now);
+        if self.forgot.is_none_or(|forgot| now >= forgot.plus(FORGETTING)) {
+            self.forgot = Some(now);
+            self.forget(now);
+        }
         ended
     }
 
@@ -252,11 +260,12 @@ impl Correlator {
         pods.any(|pod| assemble::floor(pod).is_some())
     }
 
-    fn open(&self) -> impl Iterator<Item = Timeline> {
+    /// The timelines that are not closed, of the pods that are `wanted`.
+    fn open(&self, wanted: impl Fn(&pods::Pod) -> bool) -> impl Iterator<Item = Timeline> {
         let assembler = self.assembler();
         self.pods
             .iter()
-            .filter(|(_, pod)| !pod.closed)
+            .filter(move |(_, pod)| !pod.closed && wanted(pod))
             .filter_map(move |(uid, pod)| assembler.timeline(uid, pod))
     }
 
@@ -325,8 +334,17 @@ impl Correlator {
 
 /// Nothing more is expected: the pod is gone, and so are its endpoints and backends.
 fn is_complete(pod: &pods::Pod, timeline: &Timeline) -> bool {
-    let gone = if pod.watched.is_some() { pod.removed.is_some() } else { pod.all_endpoints_gone() };
-    gone && timeline.removals.iter().all(|removal| removal.backend_removed.is_some())
+    is_gone(pod) && timeline.removals.iter().all(|removal| removal.backend_removed.is_some())
+}
+
+fn is_gone(pod: &pods::Pod) -> bool {
+    if pod.watched.is_some() { pod.removed.is_some() } else { pod.all_endpoints_gone() }
+}
+
+/// Whether its termination can be over: of most that are open it cannot, and their timelines need
+/// not be made to tell. No instant of a timeline is before its floor.
+fn may_be_over(pod: &pods::Pod, now: BootNs) -> bool {
+    is_gone(pod) || assemble::floor(pod).is_some_and(|floor| now >= floor.plus(MAX_OPEN))
 }
 
 fn is_stale(pod: &pods::Pod, horizon: BootNs) -> bool {

@@ -14,10 +14,10 @@ use std::time::Duration;
 
 use foldhash::{HashMap, HashMapExt as _};
 
-use super::uid::Uid;
 use crate::facts::{
     BootNs, Conditions, Endpoint, EndpointPort, PodUid, Protocol, ServicePort, SliceObserved,
 };
+use crate::uid::Uid;
 
 /// The controller moves endpoints between slices of a Service: an endpoint that another slice lists
 /// within this time was not gone. All slices of a Service are written one after the other; a minute
@@ -120,6 +120,7 @@ struct Slice {
 }
 
 /// What is kept of a pod's endpoint.
+#[derive(PartialEq, Eq)]
 struct Listed {
     pod: Uid,
     address: IpAddr,
@@ -157,9 +158,9 @@ impl Slices {
         let lost = self.count(&name, &before, &after);
 
         let mut steps = Vec::new();
-        let known = by_identity(&before);
-        for listed in &after.endpoints {
-            let was = known.get(&(&listed.pod, listed.address)).map(|was| was.conditions);
+        let (gone_or_changed, new_or_changed) = differing(&before, &after);
+        for listed in new_or_changed {
+            let was = before.find(&listed.pod, listed.address).map(|was| was.conditions);
             if was == Some(listed.conditions) && before.ports == after.ports {
                 continue;
             }
@@ -172,9 +173,8 @@ impl Slices {
                 }
             }
         }
-        let present = by_identity(&after);
-        for listed in &before.endpoints {
-            let is_present = present.contains_key(&(&listed.pod, listed.address));
+        for listed in gone_or_changed {
+            let is_present = after.find(&listed.pod, listed.address).is_some();
             for port in &before.ports {
                 if is_present && after.ports.contains(port)
                     || self.elsewhere(port, listed).is_some()
@@ -203,7 +203,7 @@ impl Slices {
         }
         let listed = |endpoint: &Endpoint| {
             Some(Listed {
-                pod: (&endpoint.pod.as_ref()?.uid).into(),
+                pod: endpoint.pod.as_ref()?.uid.clone(),
                 address: endpoint.address,
                 conditions: endpoint.conditions,
                 home: endpoint.node.as_ref() == Some(&self.node),
@@ -335,14 +335,30 @@ impl Slices {
     }
 }
 
-fn by_identity(slice: &Slice) -> HashMap<(&Uid, IpAddr), &Listed> {
-    slice.endpoints.iter().map(|listed| ((&listed.pod, listed.address), listed)).collect()
+/// The endpoints of two views without those that both begin or end with. With the same ports those
+/// have no step, and they are nearly all: most changes are of one endpoint.
+fn differing<'a>(before: &'a Slice, after: &'a Slice) -> (&'a [Listed], &'a [Listed]) {
+    let (mut before_rest, mut after_rest) = (&*before.endpoints, &*after.endpoints);
+    if before.ports != after.ports {
+        return (before_rest, after_rest);
+    }
+    while let ([was, befores @ ..], [now, afters @ ..]) = (before_rest, after_rest)
+        && was == now
+    {
+        (before_rest, after_rest) = (befores, afters);
+    }
+    while let ([befores @ .., was], [afters @ .., now]) = (before_rest, after_rest)
+        && was == now
+    {
+        (before_rest, after_rest) = (befores, afters);
+    }
+    (before_rest, after_rest)
 }
 
 /// The namespace and name of a pod in the view that lists it.
 fn names(endpoints: &[Endpoint], listed: &Listed) -> Option<(Arc<str>, Arc<str>)> {
     let mut pods = endpoints.iter().filter_map(|endpoint| endpoint.pod.as_ref());
-    let pod = pods.find(|pod| Uid::from(&pod.uid) == listed.pod)?;
+    let pod = pods.find(|pod| pod.uid == listed.pod)?;
     Some((pod.namespace.clone(), pod.name.clone()))
 }
 

@@ -472,7 +472,7 @@ fn listed(last: u8, ready: bool, terminating: bool) -> Endpoint {
         address: address(last),
         conditions: Conditions { ready, serving: true, terminating },
         pod: Some(TargetPod {
-            uid: uid(if last == 7 { POD } else { OTHER }),
+            uid: (if last == 7 { POD } else { OTHER }).into(),
             namespace: "shop".into(),
             name: "web-x".into(),
         }),

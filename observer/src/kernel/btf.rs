@@ -8,6 +8,10 @@ use std::fmt;
 
 /// `BTF_MAGIC`, little endian on every machine the programs are built for.
 const MAGIC: u16 = 0xeb9f;
+/// The only version there is, and no flags.
+const VERSION_AND_FLAGS: [u8; 2] = [1, 0];
+/// Bytes of `struct btf_header`.
+const HEADER_BYTES: u32 = 24;
 /// Bytes of `struct btf_type` before the kind's own data.
 const TYPE_BYTES: usize = 12;
 /// Modifiers and anonymous members that may nest; the kernel's own limit is 32.
@@ -15,6 +19,8 @@ const MAX_DEPTH: u32 = 32;
 /// Members that one search may look at. The kernel's largest structures have some hundred; without
 /// a limit, anonymous members of the same type would double the work with each level of depth.
 const MAX_MEMBERS: u32 = 10_000;
+/// What the name of a tracepoint's type begins with.
+const TRACEPOINT: &str = "btf_trace_";
 
 const KIND_INT: u32 = 1;
 const KIND_PTR: u32 = 2;
@@ -142,8 +148,34 @@ impl Btf {
             .is_some_and(|argument| argument.kind == KIND_PTR)
     }
 
+    /// BTF that names the tracepoints' types and nothing else, each with the id that it has here: a
+    /// loader that looks for their ids only reads this in a small part of the memory.
+    ///
+    /// # Errors
+    /// When the names of tracepoints take 4 GiB or more.
+    pub fn only_tracepoints(&self) -> Result<Vec<u8>, Malformed> {
+        let (mut types, mut strings, mut end) = (Vec::new(), vec![0], 0);
+        for at in self.types.iter().skip(1) {
+            let name = self.type_at(*at).and_then(|found| self.tracepoint(found));
+            let kind = if name.is_some() { KIND_TYPEDEF } else { KIND_PTR };
+            let name_at = if name.is_some() { length(&strings)? } else { 0 };
+            types.extend([name_at, kind << 24, 0].into_iter().flat_map(u32::to_le_bytes));
+            if let Some(name) = name {
+                strings.extend(name.bytes().chain([0]));
+                end = types.len();
+            }
+        }
+        write(&types[..end], &strings)
+    }
+
+    /// The name of a tracepoint's type.
+    fn tracepoint(&self, found: Type) -> Option<&str> {
+        let name = self.string(found.name).filter(|_| found.kind == KIND_TYPEDEF);
+        name.filter(|name| name.starts_with(TRACEPOINT))
+    }
+
     fn tracepoint_prototype(&self, tracepoint: &str) -> Option<Type> {
-        let typedef = self.find(KIND_TYPEDEF, &format!("btf_trace_{tracepoint}"))?;
+        let typedef = self.find(KIND_TYPEDEF, &format!("{TRACEPOINT}{tracepoint}"))?;
         let pointer = self.strip(typedef.size_or_id)?;
         let prototype = self.strip(pointer.size_or_id)?;
         (pointer.kind == KIND_PTR && prototype.kind == KIND_FUNC_PROTO).then_some(prototype)
@@ -246,6 +278,21 @@ impl Type {
     }
 }
 
+/// Both sections behind a header.
+fn write(types: &[u8], strings: &[u8]) -> Result<Vec<u8>, Malformed> {
+    let types_bytes = length(types)?;
+    let mut bytes = [MAGIC.to_le_bytes(), VERSION_AND_FLAGS].concat();
+    let sections = [HEADER_BYTES, 0, types_bytes, types_bytes, length(strings)?];
+    bytes.extend(sections.into_iter().flat_map(u32::to_le_bytes));
+    bytes.extend_from_slice(types);
+    bytes.extend_from_slice(strings);
+    Ok(bytes)
+}
+
+fn length(bytes: &[u8]) -> Result<u32, Malformed> {
+    u32::try_from(bytes.len()).map_err(|_large| Malformed { what: "section length", offset: 0 })
+}
+
 fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
     let raw = bytes.get(at..at.checked_add(4)?)?;
     raw.try_into().ok().map(u32::from_le_bytes)
@@ -257,139 +304,5 @@ fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Writes BTF by hand: types as words, names interned.
-    #[derive(Default)]
-    struct Writer {
-        types: Vec<u8>,
-        strings: Vec<u8>,
-    }
-
-    impl Writer {
-        fn name(&mut self, name: &str) -> u32 {
-            if self.strings.is_empty() {
-                self.strings.push(0);
-            }
-            if name.is_empty() {
-                return 0;
-            }
-            let at = u32::try_from(self.strings.len()).expect("small");
-            self.strings.extend_from_slice(name.as_bytes());
-            self.strings.push(0);
-            at
-        }
-
-        fn words(&mut self, words: &[u32]) {
-            self.types.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-        }
-
-        fn kind(&mut self, name: &str, kind: u32, vlen: u32, size_or_id: u32) {
-            let name = self.name(name);
-            self.words(&[name, kind << 24 | vlen, size_or_id]);
-        }
-
-        fn finish(self) -> Vec<u8> {
-            let types = u32::try_from(self.types.len()).expect("small");
-            let strings = u32::try_from(self.strings.len()).expect("small");
-            let mut bytes = vec![0x9f, 0xeb, 1, 0];
-            for word in [24, 0, types, types, strings] {
-                bytes.extend_from_slice(&u32::to_le_bytes(word));
-            }
-            bytes.extend(self.types);
-            bytes.extend(self.strings);
-            bytes
-        }
-    }
-
-    /// 1 int · 2 struct inner{b@32} · 3 struct outer{a@0, union{inner}@64, in@128} · 4 anon union
-    /// · 5 enum · 6 proto(void*, ptr, int) · 7 ptr to proto · 8 typedef
-    fn sample() -> Vec<u8> {
-        let mut btf = Writer::default();
-        btf.kind("int", KIND_INT, 0, 4);
-        btf.words(&[32]);
-        btf.kind("inner", KIND_STRUCT, 1, 8);
-        let b = btf.name("b");
-        btf.words(&[b, 1, 32]);
-        btf.kind("outer", KIND_STRUCT, 3, 24);
-        let (a, named) = (btf.name("a"), btf.name("in"));
-        btf.words(&[a, 1, 0, 0, 4, 64, named, 2, 128]);
-        btf.kind("", KIND_UNION, 1, 8);
-        let hidden = btf.name("hidden");
-        btf.words(&[hidden, 1, 0]);
-        btf.kind("reason", KIND_ENUM, 1, 4);
-        let drop = btf.name("DROP");
-        btf.words(&[drop, 12]);
-        btf.kind("", KIND_FUNC_PROTO, 3, 0);
-        btf.words(&[0, 7, 0, 7, 0, 1]);
-        btf.kind("", KIND_PTR, 0, 6);
-        btf.kind("btf_trace_it", KIND_TYPEDEF, 0, 7);
-        btf.finish()
-    }
-
-    #[test]
-    fn fields_are_found_through_anonymous_and_named_members() {
-        let btf = Btf::parse(sample()).expect("valid");
-        assert_eq!(btf.field_offset("outer", "a"), Some(0));
-        assert_eq!(btf.field_offset("outer", "hidden"), Some(8));
-        assert_eq!(btf.field_offset("outer", "in.b"), Some(20));
-        assert_eq!(btf.field_offset("outer", "missing"), None);
-        assert_eq!(btf.field_offset("outer", "a.b"), None);
-        assert_eq!(btf.field_offset("nowhere", "a"), None);
-    }
-
-    #[test]
-    fn enumerators_and_tracepoint_arguments_are_found() {
-        let btf = Btf::parse(sample()).expect("valid");
-        assert_eq!(btf.enumerator("reason", "DROP"), Some(12));
-        assert_eq!(btf.enumerator("reason", "KEEP"), None);
-        assert_eq!(btf.tracepoint_arguments("it"), Some(2));
-        assert_eq!(btf.tracepoint_arguments("other"), None);
-        assert!(btf.tracepoint_argument_is_pointer("it", 0));
-        assert!(!btf.tracepoint_argument_is_pointer("it", 1));
-        assert!(!btf.tracepoint_argument_is_pointer("it", 2));
-    }
-
-    #[test]
-    fn every_truncation_is_refused_or_answers_without_panic() {
-        let whole = sample();
-        for length in 0..whole.len() {
-            if let Ok(btf) = Btf::parse(whole[..length].to_vec()) {
-                let _offset = btf.field_offset("outer", "in.b");
-                let _arguments = btf.tracepoint_arguments("it");
-            }
-        }
-    }
-
-    #[test]
-    fn a_typedef_of_itself_ends() {
-        let mut btf = Writer::default();
-        btf.kind("btf_trace_loop", KIND_TYPEDEF, 0, 1);
-        let btf = Btf::parse(btf.finish()).expect("valid");
-        assert_eq!(btf.tracepoint_arguments("loop"), None);
-    }
-
-    #[test]
-    fn a_structure_of_itself_many_times_over_is_searched_to_an_end() {
-        let mut btf = Writer::default();
-        btf.kind("itself", KIND_STRUCT, 4, 8);
-        btf.words(&[0, 1, 0].repeat(4));
-        let btf = Btf::parse(btf.finish()).expect("valid");
-        assert_eq!(btf.field_offset("itself", "missing"), None);
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn flipped_bytes_never_panic(position in 0_usize..400, value: u8) {
-            let mut bytes = sample();
-            let position = position % bytes.len();
-            bytes[position] = value;
-            if let Ok(btf) = Btf::parse(bytes) {
-                let _offset = btf.field_offset("outer", "in.b");
-                let _value = btf.enumerator("reason", "DROP");
-                let _pointer = btf.tracepoint_argument_is_pointer("it", 0);
-            }
-        }
-    }
-}
+#[path = "btf_tests.rs"]
+mod tests;

@@ -23,9 +23,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{Context as _, anyhow};
 use aya::maps::{Map, MapData, RingBuf};
-use aya::{Ebpf, EbpfLoader};
+use aya::{Ebpf, EbpfLoader, Endianness};
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+use observer_common::Layout;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 
@@ -96,13 +97,15 @@ pub struct Started {
 /// # Errors
 /// See [`StartError`]. A signal that cannot be attached is no error: see [`Probes::states`].
 pub fn start(hierarchy: Hierarchy) -> Result<Started, StartError> {
+    let loader = loader();
     let types = read_types().map_err(StartError::NoBtf)?;
     let netns = own_netns_inum().map_err(StartError::Failed)?;
     let mut resolved = layout::resolve(&types.kernel, netns);
     if let Some(controller) = hierarchy.controller {
         resolved.tell_by(controller, &types.kernel).map_err(StartError::Failed)?;
     }
-    let mut ebpf = load(&types, &resolved).map_err(classify)?;
+    let layout = probes::layout_for_programs(&types.kernel, &resolved);
+    let mut ebpf = load(loader, &layout).map_err(classify)?;
     let log = aya_log::EbpfLogger::init(&mut ebpf).map_err(|error| classify(error.into()))?;
     let mut take = |name: &str| -> anyhow::Result<Map> {
         ebpf.take_map(name).ok_or_else(|| anyhow!("the object has no map {name}"))
@@ -125,9 +128,19 @@ pub fn start(hierarchy: Hierarchy) -> Result<Started, StartError> {
     Ok(Started { probes, events, counters, addresses, watched, commits })
 }
 
+/// A new loader reads all of the kernel's types, which our programs need none of: they are dropped
+/// here, before [`read_types`] reads them once more.
+fn loader() -> EbpfLoader<'static> {
+    let mut loader = EbpfLoader::new();
+    loader.btf(None);
+    loader
+}
+
 fn read_types() -> anyhow::Result<Types> {
     let bytes = fs::read(BTF_PATH).with_context(|| BTF_PATH.to_owned())?;
-    Ok(Types { kernel: Btf::parse(bytes)?, loader: aya::Btf::from_sys_fs()? })
+    let kernel = Btf::parse(bytes)?;
+    let loader = aya::Btf::parse(&kernel.only_tracepoints()?, Endianness::Little)?;
+    Ok(Types { kernel, loader })
 }
 
 /// The inode number of the calling thread's network namespace.
@@ -137,17 +150,13 @@ fn own_netns_inum() -> anyhow::Result<u32> {
     u32::try_from(inode).with_context(|| format!("{path} has the odd inode {inode}"))
 }
 
-fn load(types: &Types, resolved: &Resolved) -> anyhow::Result<Ebpf> {
+fn load<'a>(mut loader: EbpfLoader<'a>, layout: &'a Layout) -> anyhow::Result<Ebpf> {
     // Before Linux 5.11 maps count against this limit; afterwards it does not matter, so a refusal
     // is not fatal here: map creation will tell.
     if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
         tracing::debug!(%error, "the memory lock limit stays as it is");
     }
-    let layout = probes::layout_for_programs(&types.kernel, resolved);
-    Ok(EbpfLoader::new()
-        .btf(Some(&types.loader))
-        .override_global("LAYOUT", &layout, true)
-        .load(PROGRAMS)?)
+    Ok(loader.override_global("LAYOUT", layout, true).load(PROGRAMS)?)
 }
 
 fn classify(error: anyhow::Error) -> StartError {

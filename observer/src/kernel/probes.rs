@@ -287,12 +287,12 @@ pub fn resets_tell_refusals(btf: &Btf) -> bool {
     btf.tracepoint_arguments("tcp_send_reset").is_some_and(|arguments| arguments >= 3)
 }
 
-/// The kernel's types, for this daemon's own questions and for the loader: some 20 MB, so they are
+/// The kernel's types, for this daemon's own questions and for the loader: some 10 MB, so they are
 /// read when they are needed and not kept.
 pub struct Types {
     /// What tracepoints pass.
     pub kernel: Btf,
-    /// What programs are loaded with.
+    /// What programs are loaded with: the tracepoints only.
     pub loader: aya::Btf,
 }
 

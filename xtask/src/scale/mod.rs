@@ -42,9 +42,9 @@ const SYNC: Duration = Duration::from_secs(1);
 struct Size {
     name: &'static str,
     plan: Plan,
-    /// What may be resident once the first sync is over.
+    /// What may be resident at any time.
     resident_mb: u64,
-    /// Whether time and CPU, and the peak, are bounded too.
+    /// Whether time and CPU are bounded too.
     large: bool,
 }
 

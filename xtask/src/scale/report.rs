@@ -41,20 +41,20 @@ pub(super) fn add(table: &mut String, size: &Size, figures: &Figures) -> Result<
 fn memory_rows(size: &Size, figures: &Figures) -> Vec<Row> {
     let bound = size.resident_mb;
     let peak = figures.churned.0.peak;
-    let row = |what: &str, measured, bytes: u64, bounded: bool| Row {
+    let row = |what: &str, measured, bytes: u64| Row {
         what: what.to_owned(),
         measured,
-        bound: bounded.then(|| format!("{bound} MB")),
+        bound: Some(format!("{bound} MB")),
         kept: bytes <= bound * 1_000_000,
     };
     let resident = |what, Memory { resident, anonymous, .. }: Memory| {
         let measured = format!("{}, anonymous {}", mb(resident), mb(anonymous));
-        row(what, measured, resident, true)
+        row(what, measured, resident)
     };
     vec![
         resident("resident after the first sync", figures.synced.0),
         resident("resident after the changes", figures.churned.0),
-        row("peak of resident memory, start included", mb(peak), peak, size.large),
+        row("peak of resident memory, start included", mb(peak), peak),
     ]
 }
 

@@ -11,16 +11,16 @@ const TEXT_BYTES: usize = 36;
 
 /// The API server gives UUIDs; anything else is kept as it is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Uid {
+pub enum Uid {
     /// In the form that the API server writes.
     Uuid([u8; 16]),
     /// Any other text.
     Other(PodUid),
 }
 
-impl From<&PodUid> for Uid {
-    fn from(uid: &PodUid) -> Self {
-        uuid(&uid.0).map_or_else(|| Self::Other(uid.clone()), Self::Uuid)
+impl From<&str> for Uid {
+    fn from(text: &str) -> Self {
+        uuid(text).map_or_else(|| Self::Other(PodUid(text.into())), Self::Uuid)
     }
 }
 
@@ -95,7 +95,7 @@ mod tests {
             text in "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-fA-F-]{36}|.{0,40}",
         ) {
             let uid = PodUid(text.into());
-            prop_assert_eq!(PodUid::from(&Uid::from(&uid)), uid);
+            prop_assert_eq!(PodUid::from(&Uid::from(&*uid.0)), uid);
         }
     }
 }
