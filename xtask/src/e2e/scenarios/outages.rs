@@ -17,8 +17,8 @@ use crate::e2e::proxy::Dataplane;
 use crate::lab::agent::Agent;
 use crate::lab::clock;
 
-/// Rolled one pod after the other by [`one_by_one`], so that what cuts the first termination leaves the others. Without
-/// a preStop sleep: some connections are refused in each roll.
+/// Rolled one pod after the other by [`one_by_one`], so that what cuts the first termination leaves
+/// the others. Without a preStop sleep: some connections are refused in each roll.
 const ROLLED: Workload = Workload {
     name: "rolled",
     kind: Kind::Deployment,
@@ -57,6 +57,8 @@ pub(super) fn play(stage: &mut Stage, dataplane: Dataplane, tell: &dyn Fn(&str))
     let service = stage.expose(&ROLLED, ROLLED.name, Access::NodePort, V4)?;
     stage.create(&ROLLED)?;
     stage.change(&ROLLED, &one_by_one())?;
+    // Their watches were cut by the loss of a right.
+    std::thread::sleep(SETTLED);
     every_refusal_is_counted(stage, &service, tell).context("the refusals of a roll")?;
     api_server_restarts(stage, tell).context("a restart of the API server")?;
     for (name, end) in ENDS {
