@@ -8,7 +8,8 @@ use crate::{setup, step};
 
 /// The parts. A real Kubernetes comes last: the first time it has to be compiled. The other
 /// dataplanes on it are left to a person's `cargo xtask e2e`.
-const PARTS: [&[&str]; 4] = [&["lint"], &["test"], &["demo"], &["e2e", "--dataplane", "nftables"]];
+const PARTS: [&[&str]; 4] =
+    [&["lint"], &["test"], &["demo"], &["e2e", "--dataplane", "iptables-nft"]];
 
 /// Runs the parts as a person would, one command each.
 ///

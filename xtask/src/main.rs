@@ -48,7 +48,7 @@ enum Command {
     E2e(xtask::e2e::Args),
     /// Measure speed and size, and compare them with what they may be.
     Bench(bench::Args),
-    /// lint, test, demo and e2e on nftables, each timed: what must pass before a merge.
+    /// lint, test, demo and e2e on iptables-nft, each timed: what must pass before a merge.
     Ci,
     /// The server inside one of the lab's pods.
     #[command(hide = true)]

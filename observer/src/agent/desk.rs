@@ -173,9 +173,11 @@ impl Desk {
 
     fn take_update(&mut self, update: Update) -> anyhow::Result<()> {
         match update {
-            Update::Present { at, backends, draining } => {
+            Update::Present { at, until, backends, draining } => {
                 self.take_present(at, backends, BackendStep::Added);
                 self.take_present(at, draining, BackendStep::Draining);
+                let source = "the first reading of the rules";
+                self.correlator.record_blindness(Blindness { from: at, until, source });
                 self.stamp_commits()?;
             }
             Update::Change(change) => self.correlator.record_backend(change),

@@ -101,8 +101,11 @@ impl Correlator {
         }
     }
 
-    /// Takes one endpoint's step.
+    /// Takes one endpoint's step. One that names no pod is of a pod that is known, or was forgotten.
     pub fn record_endpoint(&mut self, step: EndpointStep) {
+        if step.names.is_none() && !self.pods.contains_key(&step.pod) {
+            return;
+        }
         self.pods.entry(step.pod.clone()).or_default().step(step);
     }
 

@@ -15,7 +15,7 @@ use tracing::{debug, warn};
 
 use super::backends::{Backends, Origin};
 use super::commits::{Commit, Commits};
-use super::nft::follow::{Commit as NftCommit, Follow, Lost};
+use super::nft::follow::{Commit as NftCommit, DELIVERY, Follow, Lost};
 use super::nft::{Arrival, Dumper, Fault, Subscription};
 use super::reach::Reached;
 use super::silent::{Reading, SilentTable, SilentTables};
@@ -66,7 +66,6 @@ impl Follower {
             updates,
             ahead: VecDeque::new(),
         };
-        // Taken before the reads: a later commit is a change of its own.
         let at = clock::now();
         follower.nft = follower.dump().await?;
         let mut reached = follower.all_nft();
@@ -79,7 +78,8 @@ impl Follower {
         }
         follower.backends = Backends::new(reached);
         let (backends, draining) = (follower.backends.all(), follower.backends.draining());
-        follower.send(Update::Present { at, backends, draining }).await;
+        let until = clock::now();
+        follower.send(Update::Present { at, until, backends, draining }).await;
         follower.report_status().await;
         Ok(follower)
     }
@@ -91,13 +91,16 @@ impl Follower {
 
     /// Takes what arrived into the model; reads everything anew when something was lost.
     pub(super) async fn take(&mut self, arrival: Arrival) -> anyhow::Result<()> {
+        // A commit that is lost may have taken effect before its first messages came.
+        let begun = self.nft.begun().map(|begun| begun.minus(DELIVERY));
         let mut commits = Vec::new();
         let taken = take(&mut self.nft, &arrival, &self.counters, &mut commits);
         for commit in commits {
             self.take_nft_commit(commit).await;
         }
         if taken.is_err() {
-            self.resync(arrival.complete_until).await?;
+            let complete = arrival.complete_until;
+            self.resync(begun.map_or(complete, |begun| begun.min(complete))).await?;
         }
         Ok(())
     }

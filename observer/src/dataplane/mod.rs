@@ -232,6 +232,8 @@ pub enum Update {
     Present {
         /// When reading the rules began.
         at: BootNs,
+        /// When it ended. Commits in between are in what is present and are not told.
+        until: BootNs,
         /// Every backend.
         backends: BTreeSet<Backend>,
         /// Those that are being drained.

@@ -103,7 +103,13 @@ impl Follow {
     /// neither as before it nor as after it. What they reach is as before.
     #[must_use]
     pub fn is_within_a_commit(&self) -> bool {
-        self.began.is_some()
+        self.in_step && self.began.is_some()
+    }
+
+    /// The earliest arrival of the first message of the commit that has not ended yet.
+    #[must_use]
+    pub fn begun(&self) -> Option<BootNs> {
+        self.began.map(|(earliest, _)| earliest)
     }
 
     /// The model.

@@ -45,7 +45,7 @@ pub(crate) fn pod_of_directory(name: &str) -> Option<PodUid> {
     };
     let hex = uid.bytes().all(|byte| byte.is_ascii_hexdigit() || matches!(byte, b'-' | b'_'));
     // A UUID, or the 32 digits of a static pod's configuration hash.
-    (hex && uid.len() >= 32).then(|| PodUid(Arc::from(uid.replace('_', "-"))))
+    (hex && matches!(uid.len(), 32 | 36)).then(|| PodUid(Arc::from(uid.replace('_', "-"))))
 }
 
 /// `kubepods`, with its class, below any parent slices, which a slice's name repeats.

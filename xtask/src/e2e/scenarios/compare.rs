@@ -84,23 +84,19 @@ pub(super) fn samples(
     Ok(())
 }
 
-/// Checks that terminations gave no sample: the pod's own node says why, and another node, which
-/// cannot know of it, claims no gap.
+/// Checks that terminations gave no sample, and that the pod's own node says why. (No other node has
+/// a gap of its own; whether the report counts one is checked where it is asked.)
 pub(super) fn no_samples(stage: &Stage, uids: &[String], because: &str) -> Result<()> {
     ensure!(!uids.is_empty(), "no pod went");
     let lives = stage.lives()?;
     for uid in uids {
         let life = lives.get(uid).with_context(|| format!("no kubelet ran {uid}"))?;
-        let (home, others) = stage.agents(&life.node)?;
+        let home = stage.agent(&life.node)?;
         let timeline = home.closed(std::slice::from_ref(uid))?.remove(0);
         let censored = timeline["censored"].as_array().context("censored")?;
         let mut reasons = censored.iter().filter_map(Value::as_str);
         let says = reasons.any(|reason| reason.contains(because));
         ensure!(says, "`{because}` is not why it is no sample: {timeline:#}");
-        for timeline in others.terminations()? {
-            let of_pod = timeline["pod"]["uid"] == uid.as_str();
-            ensure!(!of_pod || timeline["gapSeconds"].is_null(), "a gap: {timeline:#}");
-        }
     }
     Ok(())
 }
@@ -145,7 +141,7 @@ pub(super) fn disturbed(
 
 /// Of each node in their order, what its agent measured of a pod once it closed it; null where it
 /// never heard of the pod.
-fn known(stage: &Stage, uid: &String) -> Result<Vec<Value>> {
+pub(super) fn known(stage: &Stage, uid: &String) -> Result<Vec<Value>> {
     let of = |agent: &Agent| {
         let known = agent.terminations()?;
         if !known.iter().any(|known| known["pod"]["uid"] == uid.as_str()) {
@@ -252,8 +248,6 @@ impl Truth<'_> {
         let to_slice = ms(self.at(home, "endpointTerminating")?, deleted);
         let listed = self.at(timeline, "endpointTerminating")?;
         let to_removal = ms(self.at(timeline, "backendRemoved")?, listed);
-        ensure!(to_slice >= 0.0, "the slice changed {to_slice} ms after the request");
-        ensure!(to_removal >= 0.0, "the rules changed {to_removal} ms after the slice");
         if timeline["home"] == true {
             let gap = timeline["gapSeconds"].as_f64().context("no gapSeconds")? * 1e3;
             ensure!(

@@ -103,6 +103,7 @@ fn rolls_under_load(stage: &mut Stage, tell: &dyn Fn(&str)) -> Result<Value> {
         seen.refused(),
         seen.lost
     ));
+    ensure!(seen.refused() > 0, "the rules followed too soon to refuse anything");
     ensure!(u64::try_from(seen.refused())? == counted, "refused, clients and agents");
     Ok(web)
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::compare::{Errors, Verdict, disturbed, samples};
+use super::compare::{Errors, Verdict, disturbed, known, samples};
 use super::objects::{Access, Behind, Kind, Workload};
 use super::stage::{Stage, until};
 use super::{V4, WEB, rights};
@@ -168,7 +168,11 @@ fn later_are_samples(
     let is_later = |uid: &String| received.deletion_seen_ns(uid).is_some_and(|at| at > from_ns);
     let mut later = 0;
     for (uid, verdict) in ended.iter().zip(verdicts).filter(|(uid, _)| is_later(uid)) {
-        ensure!(*verdict == Verdict::Sample, "nothing disturbed {uid}, which is {verdict:?}");
+        ensure!(
+            *verdict == Verdict::Sample,
+            "nothing disturbed {uid}, which is {verdict:?}: {}",
+            json!(known(stage, uid)?)
+        );
         later += 1;
     }
     Ok(later)

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::objects::{self, Access, Behind, SERVICE_PORT, Workload};
@@ -52,13 +52,11 @@ impl Stage {
         self.until_rolled_out(workload)
     }
 
-    /// The agent of a node, and the other node's.
-    pub(super) fn agents(&self, node: &str) -> Result<(&Agent, &Agent)> {
-        match (&self.cluster.agents[..], &self.cluster.network.nodes) {
-            ([first, second], [own, _]) if own.name == node => Ok((first, second)),
-            ([first, second], [_, own]) if own.name == node => Ok((second, first)),
-            _ => bail!("no agent is on {node}"),
-        }
+    /// The agent of a node.
+    pub(super) fn agent(&self, node: &str) -> Result<&Agent> {
+        let mut agents = self.cluster.network.nodes.iter().zip(&self.cluster.agents);
+        let of_node = agents.find(|(known, _)| known.name == node);
+        of_node.map(|(_, agent)| agent).with_context(|| format!("no agent is on {node}"))
     }
 
     /// What the kubelets did to all pods so far.
