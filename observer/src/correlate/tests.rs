@@ -607,3 +607,14 @@ fn a_source_that_stays_away_is_blind_for_one_span_and_censors_all_that_overlap_i
     let closed = correlator.advance(at(15_000));
     assert_eq!(closed[0].censored, ["endpointslice watch may have missed something"]);
 }
+
+#[test]
+fn a_step_of_a_pod_that_was_forgotten_begins_no_termination() {
+    let Fact::Endpoint(mut step) = TELLER.endpoint(10_000, EndpointState::Terminating, false)
+    else {
+        panic!("an endpoint's step")
+    };
+    assert!(correlate(vec![Fact::Endpoint(step.clone())]).is_terminating());
+    step.names = None;
+    assert!(!correlate(vec![Fact::Endpoint(step)]).is_terminating());
+}
