@@ -115,7 +115,7 @@ fn measure(observer: &Path, plan: Plan) -> Result<Figures> {
     let began_ns = clock::boot_ns();
     let agent = lab.start_agent(observer)?;
     let ready_seconds = clock::seconds_between(began_ns, clock::boot_ns());
-    let sync_cpu = process::cpu(agent.pid())?;
+    let sync_cpu = agent.cpu_time()?;
     let synced = (process::memory(agent.pid())?, lab.api().served());
     let cpu_percent = follow(&lab, &agent, &mut churn)?;
     let churned = (process::memory(agent.pid())?, lab.api().served());
@@ -160,7 +160,7 @@ fn follow(lab: &Lab, agent: &Agent, churn: &mut Churn) -> Result<f64> {
     let (syncs, due) = sync_channel::<Sync>(1);
     std::thread::scope(|scope| {
         let proxy = scope.spawn(move || due.iter().try_for_each(|sync| write_rules(lab, &sync)));
-        let (began_ns, before) = (clock::boot_ns(), process::cpu(agent.pid())?);
+        let (began_ns, before) = (clock::boot_ns(), agent.cpu_time()?);
         let pause_ns = clock::nanos(Duration::from_secs(1)) / u64::from(CHANGES_PER_SECOND);
         let changes = CHURN.as_secs() * u64::from(CHANGES_PER_SECOND);
         let per_sync = SYNC.as_secs() * u64::from(CHANGES_PER_SECOND);
@@ -172,7 +172,7 @@ fn follow(lab: &Lab, agent: &Agent, churn: &mut Churn) -> Result<f64> {
             clock::sleep_until(began_ns + change * pause_ns);
         }
         drop(syncs);
-        let spent = process::cpu(agent.pid())?.saturating_sub(before);
+        let spent = agent.cpu_time()?.saturating_sub(before);
         let seconds = clock::seconds_between(began_ns, clock::boot_ns());
         proxy.join().map_err(|_panic| anyhow::anyhow!("the thread of the rules panicked"))??;
         Ok(100.0 * spent.as_secs_f64() / seconds)
