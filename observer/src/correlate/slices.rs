@@ -129,6 +129,11 @@ struct Listed {
 }
 
 impl Slice {
+    /// Without endpoints of pods, and none of others that is ready, it says nothing.
+    fn is_worth_keeping(&self) -> bool {
+        !self.endpoints.is_empty() || self.ready != PerFamily::default()
+    }
+
     fn find(&self, pod: &Uid, address: IpAddr) -> Option<&Listed> {
         self.endpoints.iter().find(|listed| listed.address == address && listed.pod == *pod)
     }
@@ -151,10 +156,12 @@ impl Slices {
     /// Takes the next view of a slice and returns what stepped away from ready since the last.
     pub(super) fn observe(&mut self, observed: SliceObserved) -> Vec<EndpointStep> {
         let SliceObserved { at, slice: name, ports, endpoints } = observed;
+        self.gone.retain(|_, gone| gone.plus(MOVE) >= at);
         let before = self.views.remove(&name);
         let first = before.is_none();
         let before = before.unwrap_or_default();
         let after = self.reduce(ports, &endpoints);
+        let after = if after.is_worth_keeping() { after } else { Slice::default() };
         let lost = self.count(&name, &before, &after);
 
         let mut steps = Vec::new();
@@ -183,12 +190,11 @@ impl Slices {
                 }
                 let sight = Sight { at, listed, names: None, first: false };
                 steps.push(self.step(&sight, port, EndpointState::Gone));
-                self.gone.retain(|_, gone| gone.plus(MOVE) >= at);
                 let endpoint = EndpointKey::new(port, listed.address);
                 self.gone.insert((listed.pod.clone(), endpoint), at);
             }
         }
-        if !after.endpoints.is_empty() || after.ready != PerFamily::default() {
+        if after.is_worth_keeping() {
             self.views.insert(name, after);
         }
         self.add_left_alone(at, &lost, &mut steps);
@@ -367,5 +373,29 @@ fn state(conditions: Conditions) -> Option<EndpointState> {
         Conditions { terminating: true, .. } => Some(EndpointState::Terminating),
         Conditions { ready: false, .. } => Some(EndpointState::NotReady),
         Conditions { ready: true, .. } => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::{Protocol, ServicePort};
+
+    #[test]
+    fn nothing_is_kept_of_a_slice_that_lists_nothing() {
+        let port = EndpointPort {
+            service: ServicePort(Arc::from("shop/web:http")),
+            protocol: Protocol::Tcp,
+            port: 8080,
+        };
+        let observed = || SliceObserved {
+            at: BootNs(1),
+            slice: Arc::from("shop/web-abc"),
+            ports: vec![port.clone()],
+            endpoints: Vec::new(),
+        };
+        let mut slices = Slices::new(Arc::from("node-1"));
+        assert!(slices.observe(observed()).is_empty() && slices.observe(observed()).is_empty());
+        assert_eq!((slices.views.len(), slices.ports.len()), (0, 0));
     }
 }
