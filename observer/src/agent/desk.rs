@@ -176,8 +176,10 @@ impl Desk {
             Update::Present { at, until, backends, draining } => {
                 self.take_present(at, backends, BackendStep::Added);
                 self.take_present(at, draining, BackendStep::Draining);
-                let source = "the first reading of the rules";
-                self.correlator.record_blindness(Blindness { from: at, until, source });
+                if until > at {
+                    let source = "the first reading of the rules";
+                    self.correlator.record_blindness(Blindness { from: at, until, source });
+                }
                 self.stamp_commits()?;
             }
             Update::Change(change) => self.correlator.record_backend(change),

@@ -68,6 +68,8 @@ impl Follower {
         };
         let at = clock::now();
         follower.nft = follower.dump().await?;
+        // The next commit is a change of its own.
+        let until = if follower.nft.was_whole_at_once() { at } else { clock::now() };
         let mut reached = follower.all_nft();
         for table in follower.silent.all() {
             // Whoever only wants to know what is present hears of no commit that tore the reading.
@@ -78,7 +80,6 @@ impl Follower {
         }
         follower.backends = Backends::new(reached);
         let (backends, draining) = (follower.backends.all(), follower.backends.draining());
-        let until = clock::now();
         follower.send(Update::Present { at, until, backends, draining }).await;
         follower.report_status().await;
         Ok(follower)

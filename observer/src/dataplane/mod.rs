@@ -232,7 +232,8 @@ pub enum Update {
     Present {
         /// When reading the rules began.
         at: BootNs,
-        /// When it ended. Commits in between are in what is present and are not told.
+        /// When it ended, if commits were seen in between: they are in what is present, and are not
+        /// told. Otherwise as `at`.
         until: BootNs,
         /// Every backend.
         backends: BTreeSet<Backend>,

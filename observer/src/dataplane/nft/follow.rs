@@ -67,7 +67,8 @@ pub struct Lost;
 pub struct Follow {
     ruleset: Ruleset,
     generation: u32,
-    /// The generation from which on the model is whole.
+    /// The generations at which the dump began and ended: from the second on the model is whole.
+    dumped_from: u32,
     whole_from: u32,
     /// Messages that come belong to the commit after `generation`.
     in_step: bool,
@@ -85,7 +86,13 @@ impl Follow {
     /// Starts from a dump that began at generation `from` and ended at `until`.
     #[must_use]
     pub fn from_dump(ruleset: Ruleset, from: u32, until: u32) -> Self {
-        let mut follow = Self { ruleset, generation: from, whole_from: until, ..Self::default() };
+        let mut follow = Self {
+            ruleset,
+            generation: from,
+            dumped_from: from,
+            whole_from: until,
+            ..Self::default()
+        };
         if follow.is_whole() {
             follow.ruleset.end();
         }
@@ -97,6 +104,12 @@ impl Follow {
     #[must_use]
     pub fn is_whole(&self) -> bool {
         rise(self.whole_from, self.generation) >= 0
+    }
+
+    /// Whether no commit happened during the dump.
+    #[must_use]
+    pub fn was_whole_at_once(&self) -> bool {
+        self.whole_from == self.dumped_from
     }
 
     /// Whether some messages of a commit have come, but not all: the model's tables are then
@@ -457,6 +470,7 @@ mod tests {
         let shown = [table(), chain(b"b"), rule(b"b", 3), generation(7)].concat();
         take(&mut dumped, &shown, T[0]).expect("nothing is lost");
         let mut follow = Follow::from_dump(dumped.ruleset().clone(), 7, 9);
+        assert!(!follow.was_whole_at_once());
         for datagram in commits.map(|messages| messages.concat()) {
             assert!(!follow.is_whole());
             assert_eq!(take(&mut follow, &datagram, T[0]), Ok(vec![]), "no change that is told");
