@@ -154,7 +154,7 @@ fn agent_of(pid: u32) -> Result<bool> {
     let root = format!("/run/observer-lab/{pid}/cgroup");
     let mut command_lines = fs::read_dir("/proc")?
         .filter_map(|entry| fs::read_to_string(entry.ok()?.path().join("cmdline")).ok());
-    Ok(command_lines.any(|line| line.contains(&root) && line.contains("--listen")))
+    Ok(command_lines.any(|line| line.contains(&root) && line.contains("--kubeconfig")))
 }
 
 /// Its programs run at every kernel event of the machine: they must not wait for another lab.
