@@ -43,6 +43,9 @@ pub struct Args {
     /// What kube-proxy writes on the nodes [default: one after the other]
     #[arg(long, value_enum)]
     dataplane: Option<Dataplane>,
+    /// Leave out that the API server and the agents go and come back, which takes minutes
+    #[arg(long)]
+    without_outages: bool,
     /// A directory with etcd and Kubernetes' programs [default: compile them, once]
     #[arg(long, value_name = "DIR", value_parser = binaries)]
     binaries: Option<Binaries>,
@@ -83,7 +86,7 @@ pub fn run(args: &Args) -> Result<()> {
         bring_up::check(&cluster.control_plane.admin, &cluster.network)
             .with_context(|| format!("{name}: the cluster is none"))?;
         step::say(&format!("e2e: {name}: a Service is reached over both nodes' rules"));
-        scenarios::play(cluster, dataplane, &observer).context(name)?;
+        scenarios::play(cluster, dataplane, &observer, !args.without_outages).context(name)?;
     }
     Ok(())
 }

@@ -71,7 +71,12 @@ const fn behind(
 }
 
 /// Plays everything on a cluster that has just been started.
-pub(super) fn play(cluster: Cluster, dataplane: Dataplane, observer: &Path) -> Result<()> {
+pub(super) fn play(
+    cluster: Cluster,
+    dataplane: Dataplane,
+    observer: &Path,
+    outages: bool,
+) -> Result<()> {
     let watcher = Watcher::start(&cluster.control_plane.admin, &cluster.network, dataplane)?;
     let mut stage = Stage::new(cluster, watcher, observer);
     let tell = |what: &str| say(&format!("e2e: {}: {what}", dataplane.name()));
@@ -79,7 +84,7 @@ pub(super) fn play(cluster: Cluster, dataplane: Dataplane, observer: &Path) -> R
     ends_of_every_kind(&mut stage, &tell)?;
     no_refusal_with_the_recommended_sleep(&mut stage, &web, &tell)?;
     rights::play(&mut stage, &tell).context("the agents' rights")?;
-    outages::play(&mut stage, dataplane, &tell)
+    if outages { outages::play(&mut stage, dataplane, &tell) } else { Ok(()) }
 }
 
 /// A Deployment is rolled, scaled and drained, with clients of its Service.
