@@ -223,12 +223,13 @@ impl Follow {
     fn try_to_apply(&mut self, frame: &Frame<'_>, counters: &Counters) -> Result<(), Fault> {
         let message = Within::read(frame)?;
         let table = &*self.table.insert(message.table(self.table.as_ref()));
-        if let Some(rule) = message.rule()?
-            && self.ruleset.rewrite(table, rule.handle, rule.fingerprint()?)
-        {
-            return Ok(());
-        }
-        let (change, unknown) = message.change()?;
+        let (change, unknown) = match message.rule()? {
+            Some(rule) if self.ruleset.rewrite(table, rule.handle, rule.fingerprint) => {
+                return Ok(());
+            }
+            Some(rule) => rule.change()?,
+            None => message.change()?,
+        };
         counters.unknown_expressions.add(unknown);
         Ok(self.ruleset.apply(table, change)?)
     }

@@ -221,7 +221,8 @@ impl<'d> Within<'d> {
 
     /// The rule that it announces, if it announces one.
     pub(super) fn rule(&self) -> Result<Option<Announced<'d>>, Malformed> {
-        (self.kind == kind::NEW_RULE).then(|| Announced::read(self.body)).transpose()
+        let is_rule = self.kind == kind::NEW_RULE;
+        is_rule.then(|| Announced::read(self.family, self.body)).transpose()
     }
 
     /// What it says. Gives also how many expressions it holds that are not known.
@@ -232,7 +233,7 @@ impl<'d> Within<'d> {
             kind::DELETE_TABLE => Change::DeleteTable,
             kind::NEW_CHAIN => new_chain(body)?,
             kind::DELETE_CHAIN => delete_chain(body)?,
-            kind::NEW_RULE => return Ok(Announced::read(body)?.change(self.family)?),
+            kind::NEW_RULE => return Ok(Announced::read(self.family, body)?.change()?),
             kind::DELETE_RULE => delete_rule(body)?,
             kind::NEW_SET => new_set(body)?,
             kind::DELETE_SET => delete_set(body)?,
@@ -247,34 +248,36 @@ impl<'d> Within<'d> {
 /// A rule as the kernel announces it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Announced<'d> {
-    pub(super) chain: &'d str,
     pub(super) handle: u64,
+    /// Of its chain and all that it says.
+    pub(super) fingerprint: Fingerprint,
+    family: TableFamily,
+    chain: &'d str,
     expressions: &'d [u8],
     userdata: Option<&'d [u8]>,
 }
 
 impl<'d> Announced<'d> {
     /// `NFTA_RULE_CHAIN` 2, `_HANDLE` 3, `_EXPRESSIONS` 4, `_USERDATA` 7.
-    fn read(body: &'d [u8]) -> Result<Self, Malformed> {
+    fn read(family: TableFamily, body: &'d [u8]) -> Result<Self, Malformed> {
         let [_, _, chain, handle, expressions, _, _, userdata] = fields::<8>(body)?;
+        let (chain, expressions) = (name(chain)?, expressions.unwrap_or_default());
         Ok(Self {
-            chain: name(chain)?,
             handle: be64(handle.ok_or(Malformed)?)?,
-            expressions: expressions.unwrap_or_default(),
+            fingerprint: expressions::fingerprint(chain, expressions, userdata)?,
+            family,
+            chain,
+            expressions,
             userdata,
         })
     }
 
-    /// Of its chain and all that it says.
-    pub(super) fn fingerprint(&self) -> Result<Fingerprint, Malformed> {
-        expressions::fingerprint(self.chain, self.expressions, self.userdata)
-    }
-
-    fn change(&self, family: TableFamily) -> Result<(Change, u64), Malformed> {
+    /// As [`Within::change`].
+    pub(super) fn change(&self) -> Result<(Change, u64), Malformed> {
+        let Self { handle, fingerprint, chain, .. } = *self;
         let (rule, unknown) =
-            expressions::reduce(family.version(), self.expressions, self.userdata)?;
-        let (chain, handle) = (self.chain.into(), self.handle);
-        Ok((Change::NewRule { chain, handle, fingerprint: self.fingerprint()?, rule }, unknown))
+            expressions::reduce(self.family.version(), self.expressions, self.userdata)?;
+        Ok((Change::NewRule { chain: chain.into(), handle, fingerprint, rule }, unknown))
     }
 }
 
