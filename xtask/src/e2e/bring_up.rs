@@ -9,13 +9,12 @@ use serde_json::{Value, json};
 
 use super::api::Api;
 use super::network::{Network, Node};
-use crate::lab::clock;
+use super::until;
 use crate::lab::netns::Namespace;
 use crate::lab::network::{Addresses, Family};
 
 /// kube-proxy follows within two seconds; a machine that compiles at the same time needs longer.
 const RULES_LIMIT: Duration = Duration::from_secs(30);
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// Longer than the second after which a SYN is sent again: the node's own first one over IPv6 is not
 /// refused when the rules' answer comes while the socket is still being connected.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
@@ -38,7 +37,7 @@ pub(super) fn check(admin: &Api, network: &Network) -> Result<()> {
     }
     let paths = paths(&service, network)?;
     for (place, target) in &paths {
-        wait_until(&format!("{} reaches {target}", place.name()), || {
+        until(RULES_LIMIT, &format!("{} reaches {target}", place.name()), || {
             connect(place, *target).map(drop).map_err(Into::into)
         })?;
     }
@@ -46,7 +45,7 @@ pub(super) fn check(admin: &Api, network: &Network) -> Result<()> {
         admin.delete(&format!("{SLICES}/{}", slice_name(family)), &json!({}))?;
     }
     for (place, target) in &paths {
-        wait_until(&format!("{} is refused at {target}", place.name()), || {
+        until(RULES_LIMIT, &format!("{} is refused at {target}", place.name()), || {
             let outcome = connect(place, *target);
             ensure!(is_refused(&outcome), "the outcome is {outcome:?}");
             Ok(())
@@ -85,6 +84,14 @@ fn slice_name(family: Family) -> String {
     format!("{NAME}-{}", family.address_type().to_lowercase())
 }
 
+/// The cluster address of one family.
+pub(super) fn cluster_address(service: &Value, family: Family) -> Result<IpAddr> {
+    let addresses = service["spec"]["clusterIPs"].as_array().context("no cluster addresses")?;
+    let mut parsed = addresses.iter().filter_map(|address| address.as_str()?.parse().ok());
+    let address = parsed.find(|address| Family::of(*address) == family);
+    address.with_context(|| format!("no {}", family.address_type()))
+}
+
 /// From both nodes and the second one's client to the cluster addresses, and from outside to the
 /// port that the second node has for it.
 fn paths<'a>(service: &Value, network: &'a Network) -> Result<Vec<(&'a Namespace, SocketAddr)>> {
@@ -92,10 +99,7 @@ fn paths<'a>(service: &Value, network: &'a Network) -> Result<Vec<(&'a Namespace
     let node_port = service["spec"]["ports"][0]["nodePort"].as_u64().context("no node port")?;
     let mut paths = Vec::new();
     for family in Family::BOTH {
-        let addresses = service["spec"]["clusterIPs"].as_array().context("no cluster addresses")?;
-        let parsed = addresses.iter().filter_map(|address| address.as_str()?.parse().ok());
-        let address = parsed.into_iter().find(|address: &IpAddr| Family::of(*address) == family);
-        let address = address.with_context(|| format!("no {}", family.address_type()))?;
+        let address = cluster_address(service, family)?;
         for place in [&first.namespace, &second.namespace, &second.client] {
             paths.push((place, SocketAddr::new(address, 80)));
         }
@@ -113,17 +117,4 @@ fn connect(from: &Namespace, target: SocketAddr) -> std::io::Result<TcpStream> {
 fn is_refused(outcome: &std::io::Result<TcpStream>) -> bool {
     let refused = std::io::ErrorKind::ConnectionRefused;
     outcome.as_ref().is_err_and(|error| error.kind() == refused)
-}
-
-fn wait_until(what: &str, condition: impl Fn() -> Result<()>) -> Result<()> {
-    let until_ns = clock::boot_ns() + clock::nanos(RULES_LIMIT);
-    loop {
-        match condition() {
-            Ok(()) => return Ok(()),
-            Err(error) if clock::boot_ns() > until_ns => {
-                return Err(error.context(format!("waited in vain until {what}")));
-            }
-            Err(_) => std::thread::sleep(LOOK_AGAIN),
-        }
-    }
 }

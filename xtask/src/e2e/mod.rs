@@ -28,14 +28,18 @@ mod scenarios;
 pub mod watcher;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::lab::clock;
 use crate::lab::leftovers::Claim;
 use crate::step;
 use binaries::Binaries;
 use cluster::Cluster;
 pub use proxy::Dataplane;
+
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// Arguments of `cargo xtask e2e`.
 #[derive(Clone, Debug, clap::Args)]
@@ -89,4 +93,18 @@ pub fn run(args: &Args) -> Result<()> {
         scenarios::play(cluster, dataplane, &observer, !args.without_outages).context(name)?;
     }
     Ok(())
+}
+
+/// Looks again and again until `condition` holds.
+fn until<T>(limit: Duration, what: &str, condition: impl Fn() -> Result<T>) -> Result<T> {
+    let until_ns = clock::boot_ns() + clock::nanos(limit);
+    loop {
+        match condition() {
+            Ok(value) => return Ok(value),
+            Err(error) if clock::boot_ns() > until_ns => {
+                return Err(error.context(format!("waited in vain until {what}")));
+            }
+            Err(_) => std::thread::sleep(LOOK_AGAIN),
+        }
+    }
 }

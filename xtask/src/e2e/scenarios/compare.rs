@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use super::objects::{Behind, Workload};
 use super::stage::Stage;
 use crate::e2e::kubelet::truth::{Life, Lives};
+use crate::e2e::watcher::changes::{self, Change};
 use crate::e2e::watcher::slices::Received;
 use crate::lab::agent::Agent;
 
@@ -71,9 +72,10 @@ pub(super) fn samples(
     ensure!(!uids.is_empty(), "no pod of {} went", workload.name);
     let lives = stage.lives()?;
     let measured = measured(stage, uids)?;
-    let received = stage.watcher.received()?;
+    let (received, changes) = (stage.watcher.received()?, stage.watcher.changes()?);
     for (number, uid) in uids.iter().enumerate() {
-        let truth = Truth { stage, received: &received, lives: &lives, uid, workload };
+        let truth =
+            Truth { stage, received: &received, changes: &changes, lives: &lives, uid, workload };
         let of: Vec<&Value> = measured.iter().map(|of_node| &of_node[number]).collect();
         truth.compare(&of, errors).with_context(|| {
             let shown: Vec<String> = of.iter().map(|timeline| format!("{timeline:#}")).collect();
@@ -129,14 +131,15 @@ pub(super) fn disturbed(
 ) -> Result<Vec<Verdict>> {
     ensure!(!uids.is_empty(), "no pod of {} went", workload.name);
     let lives = stage.lives()?;
-    let received = stage.watcher.received()?;
-    let verdict = |uid: &String| {
-        let of = known(stage, uid)?;
-        let truth = Truth { stage, received: &received, lives: &lives, uid, workload };
-        let verdict = truth.verdict(&of, because, errors);
+    let of = uids.iter().map(|uid| known(stage, uid)).collect::<Result<Vec<_>>>()?;
+    let (received, changes) = (stage.watcher.received()?, stage.watcher.changes()?);
+    let verdict = |(uid, of): (&String, &Vec<Value>)| {
+        let truth =
+            Truth { stage, received: &received, changes: &changes, lives: &lives, uid, workload };
+        let verdict = truth.verdict(of, because, errors);
         verdict.with_context(|| format!("pod {uid}: {}", json!(of)))
     };
-    uids.iter().map(verdict).collect()
+    uids.iter().zip(&of).map(verdict).collect()
 }
 
 /// Of each node in their order, what its agent measured of a pod once it closed it; null where it
@@ -161,6 +164,7 @@ fn measured(stage: &Stage, uids: &[String]) -> Result<Vec<Vec<Value>>> {
 struct Truth<'a> {
     stage: &'a Stage,
     received: &'a Received,
+    changes: &'a [Change],
     lives: &'a Lives,
     uid: &'a str,
     workload: &'a Workload,
@@ -216,7 +220,7 @@ impl Truth<'_> {
         let mut removals = Vec::new();
         for family in behind.families {
             let address = SocketAddr::new(addresses.of(*family), life.port);
-            let removal = self.stage.watcher.removal(node, behind.service, address, &span)?;
+            let removal = changes::removal(self.changes, node, behind.service, address, &span);
             let missing = || {
                 format!("the watcher saw no removal of {address} ({}) on {node}", behind.service)
             };

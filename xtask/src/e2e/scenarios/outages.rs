@@ -10,10 +10,11 @@ use serde_json::{Value, json};
 
 use super::compare::{Errors, Verdict, disturbed, known, samples};
 use super::objects::{Access, Behind, Kind, Workload};
-use super::stage::{Stage, until};
+use super::stage::Stage;
 use super::{V4, WEB, rights};
 use crate::e2e::cluster::Cluster;
 use crate::e2e::proxy::Dataplane;
+use crate::e2e::until;
 use crate::lab::agent::Agent;
 use crate::lab::clock;
 

@@ -7,10 +7,11 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::requests::{Request, Right, requests};
-use super::stage::{Stage, until};
+use super::stage::Stage;
 use crate::e2e::api::{Api, Patch};
 use crate::e2e::manifest::{self, ACCOUNT};
 use crate::e2e::network::Node;
+use crate::e2e::until;
 use crate::lab::agent::Agent;
 
 /// A change of a role is in force within milliseconds, an agent is ready within seconds, and asks

@@ -1,7 +1,7 @@
 //! What a scenario is played on: the cluster, its workloads, and who is connected to them.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,11 +10,12 @@ use serde_json::{Value, json};
 
 use super::objects::{self, Access, Behind, SERVICE_PORT, Workload};
 use crate::e2e::api::{Api, Patch};
+use crate::e2e::bring_up::cluster_address;
 use crate::e2e::cluster::Cluster;
 use crate::e2e::kubelet::truth::Lives;
-use crate::e2e::watcher::Watcher;
+use crate::e2e::until;
+use crate::e2e::watcher::{Watcher, changes};
 use crate::lab::agent::{self, Agent};
-use crate::lab::clock;
 use crate::lab::load::{Attempt, Load, Outcome};
 use crate::lab::network::Family;
 
@@ -22,7 +23,6 @@ const PODS: &str = "/api/v1/namespaces/default/pods";
 const SERVICES: &str = "/api/v1/namespaces/default/services";
 /// A roll takes some seconds per pod; a machine that compiles at the same time needs far longer.
 const ROLL_LIMIT: Duration = Duration::from_mins(3);
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// Of each client.
 const CONNECTS_PER_SECOND: u32 = 200;
 const CLIENT_THREADS: u32 = 4;
@@ -194,14 +194,14 @@ impl Stage {
 
     /// Whether the rules of both nodes lead to all pods of a workload.
     fn is_reached(&self, workload: &Workload) -> Result<()> {
-        let lives = self.lives()?;
+        let (lives, changes) = (self.lives()?, self.watcher.changes()?);
         for uid in self.uids(workload)? {
             let life = lives.get(&uid).context("no kubelet runs it yet")?;
             let addresses = life.addresses.context("it has no address yet")?;
             for (node, behind) in self.ways(workload) {
                 for family in behind.families {
                     let address = SocketAddr::new(addresses.of(*family), life.port);
-                    let leads = self.watcher.leads(node, behind.service, address)?;
+                    let leads = changes::leads(&changes, node, behind.service, address);
                     ensure!(leads, "{}: {node} does not lead to {address}", behind.service);
                 }
             }
@@ -234,7 +234,7 @@ impl Stage {
     /// Clients of a Service on both nodes and outside.
     pub(super) fn connect(&self, service: &Value) -> Result<Clients> {
         let family = Family::V4;
-        let address = cluster_address(service, family).context("no cluster address")?;
+        let address = cluster_address(service, family)?;
         let network = &self.cluster.network;
         let start = |place, target| Load::start(place, target, CONNECTS_PER_SECOND, CLIENT_THREADS);
         let within = network
@@ -249,13 +249,6 @@ impl Stage {
         });
         Ok(Clients { within, outside: outside.transpose()? })
     }
-}
-
-/// The cluster address of one family.
-pub(super) fn cluster_address(service: &Value, family: Family) -> Option<IpAddr> {
-    let addresses = service["spec"]["clusterIPs"].as_array()?;
-    let mut parsed = addresses.iter().filter_map(|address| address.as_str()?.parse().ok());
-    parsed.find(|address| Family::of(*address) == family)
 }
 
 /// Steady clients of one Service.
@@ -306,23 +299,5 @@ impl Clients {
             seen.refused_outside = seen.enter(&load.stop()?);
         }
         Ok(seen)
-    }
-}
-
-/// Looks again and again until `condition` holds.
-pub(super) fn until<T>(
-    limit: Duration,
-    what: &str,
-    condition: impl Fn() -> Result<T>,
-) -> Result<T> {
-    let until_ns = clock::boot_ns() + clock::nanos(limit);
-    loop {
-        match condition() {
-            Ok(value) => return Ok(value),
-            Err(error) if clock::boot_ns() > until_ns => {
-                return Err(error.context(format!("waited in vain until {what}")));
-            }
-            Err(_) => std::thread::sleep(LOOK_AGAIN),
-        }
     }
 }

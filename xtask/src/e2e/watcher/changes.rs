@@ -5,6 +5,8 @@
 //! which the messages lead elsewhere, or the only one.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 
 use super::listing::Backend;
 use super::netlink::Commit;
@@ -65,6 +67,44 @@ pub struct Moment {
     pub not_after_ns: u64,
     /// What the figure rests on.
     pub evidence: Evidence,
+}
+
+/// When a Service's chains on `node` no longer led to `address`, within `span` (ns of
+/// `CLOCK_BOOTTIME`; another pod may have the address outside of it): the last of the chains, and of
+/// the times if it came back. `None` while it has not left.
+#[must_use]
+pub fn removal<'c>(
+    changes: &'c [Change],
+    node: &str,
+    service: &str,
+    address: SocketAddr,
+    span: &RangeInclusive<u64>,
+) -> Option<&'c Change> {
+    let last = last_change(changes, node, service, address, span);
+    last.filter(|change| change.direction == Direction::Left)
+}
+
+/// Whether a Service's chains on `node` led to `address` in the end.
+#[must_use]
+pub fn leads(changes: &[Change], node: &str, service: &str, address: SocketAddr) -> bool {
+    let last = last_change(changes, node, service, address, &(0..=u64::MAX));
+    last.is_some_and(|change| change.direction == Direction::Entered)
+}
+
+fn last_change<'c>(
+    changes: &'c [Change],
+    node: &str,
+    service: &str,
+    address: SocketAddr,
+    span: &RangeInclusive<u64>,
+) -> Option<&'c Change> {
+    let of = changes.iter().filter(|change| {
+        change.node == node
+            && change.backend.service == service
+            && change.backend.address == address
+            && span.contains(&change.moment.at_ns)
+    });
+    of.max_by_key(|change| change.moment.at_ns)
 }
 
 /// All changes of one family's `table` on `node`, in the order of the listings. The commits are in

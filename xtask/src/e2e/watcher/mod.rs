@@ -16,8 +16,6 @@ mod netlink;
 mod node;
 pub mod slices;
 
-use std::net::SocketAddr;
-use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -28,7 +26,7 @@ use super::api::Api;
 use super::control_plane::PATIENCE;
 use super::follow::{News, follow};
 use super::network::Network;
-use changes::{Change, Direction};
+use changes::Change;
 pub use listing::Backend;
 use node::NodeWatch;
 use slices::Received;
@@ -93,49 +91,6 @@ impl Watcher {
     pub fn changes(&self) -> Result<Vec<Change>> {
         let changes: Result<Vec<Vec<Change>>> = self.nodes.iter().map(NodeWatch::changes).collect();
         Ok(changes?.concat())
-    }
-
-    /// When a Service's chains on `node` no longer led to `address`, within `span` (ns of
-    /// `CLOCK_BOOTTIME`; another pod may have the address outside of it): the last of the chains,
-    /// and of the times if it came back. `None` while it has not left.
-    ///
-    /// # Errors
-    /// As [`Watcher::changes`].
-    pub fn removal(
-        &self,
-        node: &str,
-        service: &str,
-        address: SocketAddr,
-        span: &RangeInclusive<u64>,
-    ) -> Result<Option<Change>> {
-        let last = self.last_change(node, service, address, span)?;
-        Ok(last.filter(|change| change.direction == Direction::Left))
-    }
-
-    /// Whether a Service's chains on `node` lead to `address` now.
-    ///
-    /// # Errors
-    /// As [`Watcher::changes`].
-    pub fn leads(&self, node: &str, service: &str, address: SocketAddr) -> Result<bool> {
-        let last = self.last_change(node, service, address, &(0..=u64::MAX))?;
-        Ok(last.is_some_and(|change| change.direction == Direction::Entered))
-    }
-
-    fn last_change(
-        &self,
-        node: &str,
-        service: &str,
-        address: SocketAddr,
-        span: &RangeInclusive<u64>,
-    ) -> Result<Option<Change>> {
-        let mut of = self.changes()?;
-        of.retain(|change| {
-            change.node == node
-                && change.backend.service == service
-                && change.backend.address == address
-                && span.contains(&change.moment.at_ns)
-        });
-        Ok(of.into_iter().max_by_key(|change| change.moment.at_ns))
     }
 }
 
